@@ -1,0 +1,28 @@
+# make run                          the main job, from a fresh machine to outputs/latest/report.html
+# make run ARGS="utility=linear"    the same with other values (any Hydra override)
+# make test                         lint, types, tests; ARGS go to pytest: make test ARGS="tests/unit -k quantile"
+# make run PYTHON=python3.12        another interpreter for a new .venv
+
+PYTHON ?= python3
+ARGS ?=
+# Subprocesses look tools up on PATH: DeepSpeed wants ninja.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: run test
+
+run: .venv/.installed
+	.venv/bin/rlhf $(ARGS)
+
+test: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/python -m pytest $(ARGS)
+
+# torch first: DeepSpeed's build looks for it.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	.venv/bin/pip install -c constraints.txt torch
+	.venv/bin/pip install -c constraints.txt -e '.[test]'
+	touch $@

@@ -1,0 +1,54 @@
+"""Ray's start and stop: a cluster that is there, or one of this run's own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+from actors.resources import check_offer
+from rlhf.config import Config
+
+
+class Cluster:
+    """A connection to Ray for one run. An address wins over RAY_ADDRESS; without both, Ray is started here."""
+
+    def __init__(self, config: Config) -> None:
+        address = config.resources.address or os.environ.get("RAY_ADDRESS")
+        self.own = address is None
+        self._with_serve = False
+        if self.own:
+            _bind_locally()
+        port = config.resources.dashboard_port
+        ray.init(
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            configure_logging=False,
+            **({"include_dashboard": port is not None, "dashboard_port": port} if self.own else {}),
+        )
+        check_offer(config, ray.cluster_resources())
+        from ray import serve
+
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+
+    def describe(self) -> str:
+        offer = ray.cluster_resources()
+        where = "on this machine" if self.own else "on the given cluster"
+        return f"{offer.get('CPU', 0):g} CPUs, {offer.get('GPU', 0):g} GPUs {where}"
+
+    def stop(self) -> None:
+        """Disconnects, and ends a Ray that this run started."""
+        from ray import serve
+
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _bind_locally() -> None:
+    """A single machine's Ray listens on 127.0.0.1 only, and leaves out what a short run does not need."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

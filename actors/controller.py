@@ -1,0 +1,207 @@
+"""The alignment loop.
+
+    prompts -> controller --work--> generator --rollouts--> reward pool --experience--> queue --lease--> learner
+                 ^  ledger            ^ weights v              |  ^ r_ref                 | ack            |
+                 |                    |                     baseline                      v                |
+                 +---- slots freed ---+------------------------------------ published weights v + 1 -------+
+
+| piece       | waits for                          | unblocked by                             |
+|-------------|------------------------------------|------------------------------------------|
+| feed        | a free slot of the ledger          | a batch trained and its weights pulled   |
+| generator   | a work item                        | dispatch                                 |
+| reward pool | rollouts (by reference)            | a generator's summary                    |
+| queue       | experiences (by reference)         | the reward pool                          |
+| learner     | all items of the next batch        | the queue's lease                        |
+
+The driver owns every object and fetches no tokens: it reads summaries and rewards only. Rule of the ledger:
+version(learner) - version(rollout) <= staleness.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.generator import GeneratorPool, Summary
+from actors.learner import LearnerGroup, merged
+from actors.metrics import StepMetrics
+from actors.reward_pool import RewardPool
+from rlhf.config import AlignConfig
+from rlhf.flow.leases import Lease
+from rlhf.flow.ledger import Ledger
+from rlhf.types import Rewards, WorkItem
+
+REWARD_ATTEMPTS = 3
+
+
+@dataclass
+class _Held:
+    """What the controller keeps of an item until it is trained."""
+
+    summary: Summary
+    rollouts: ray.ObjectRef
+    attempts: int = 1
+    rewards: ray.ObjectRef | None = None
+    values: Rewards | None = None
+
+
+@dataclass
+class _Step:
+    """A batch at the learner."""
+
+    lease: Lease
+    batch: list[int]
+    waiting: set[ray.ObjectRef]
+    parts: list[ray.ObjectRef]
+    kl_coef: float
+    learning_rate: float
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Controller:
+    """Runs `align.steps` steps. `work(i)` makes work item i; `on_step` gets each step's metrics."""
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        items_per_step: int,
+        work: Callable[[int], WorkItem],
+        generators: GeneratorPool,
+        rewards: RewardPool,
+        queue: Any,
+        learner: LearnerGroup,
+        on_step: Callable[[dict[str, float]], None],
+    ) -> None:
+        self._config, self._work, self._on_step = config, work, on_step
+        self._generators, self._rewards, self._queue, self._learner = generators, rewards, queue, learner
+        self._ledger = Ledger(config.steps, items_per_step, config.staleness)
+        self._metrics = StepMetrics(config)
+        self._held: dict[int, _Held] = {}
+        self._scoring: dict[ray.ObjectRef, int] = {}
+        self._step: _Step | None = None
+        self._pulling: set[ray.ObjectRef] = set()
+        self._last = time.perf_counter()
+
+    def run(self) -> None:
+        """Returns when the last batch is trained and every generator has its weights."""
+        while not self._ledger.done or self._pulling:
+            self._ledger.admit()
+            self._dispatch()
+            self._train()
+            self._restart_silent()
+            self._generators.heal()
+            for ref in self._ready():
+                self._handle(ref)
+
+    def _ready(self) -> list[ray.ObjectRef]:
+        pending = [*self._generators.pending, *self._scoring, *self._pulling]
+        pending += self._step.waiting if self._step is not None else []
+        return ray.wait(pending, timeout=1.0)[0] if pending else []
+
+    def _dispatch(self) -> None:
+        idle = self._generators.idle()
+        for item, worker in zip(self._ledger.waiting(), idle, strict=False):
+            self._generators.submit(self._work(item), worker)
+            self._ledger.sampling(item, worker)
+
+    def _restart_silent(self) -> None:
+        for item in self._ledger.overdue(self._config.item_timeout):
+            worker = self._ledger.worker(item)
+            self._ledger.again(item)
+            self._generators.restart(worker)
+
+    def _handle(self, ref: ray.ObjectRef) -> None:
+        if ref in self._scoring:
+            self._scored(ref)
+        elif ref in self._pulling:
+            self._pulled(ref)
+        elif self._step is not None and ref in self._step.waiting:
+            self._step.waiting.discard(ref)
+            if not self._step.waiting:
+                self._trained(self._step)
+        else:
+            self._sampled(ref)
+
+    def _sampled(self, ref: ray.ObjectRef) -> None:
+        worker, item, sampled = self._generators.finish(ref)
+        if not self._ledger.is_sampling(item.id, worker):
+            return  # run elsewhere since
+        if sampled is None:
+            self._ledger.again(item.id)
+            return
+        self._ledger.scoring(item.id)
+        self._held[item.id] = _Held(sampled.summary, sampled.rollouts)
+        self._scoring[self._rewards.rewards(sampled.rollouts)] = item.id
+
+    def _scored(self, ref: ray.ObjectRef) -> None:
+        item = self._scoring.pop(ref)
+        held = self._held[item]
+        try:
+            held.values = ray.get(ref)
+        except RayTaskError:  # a model's own error (NaN, too long) is the user's to see
+            raise
+        except RayActorError:
+            if held.attempts == REWARD_ATTEMPTS:
+                raise
+            held.attempts += 1
+            self._scoring[self._rewards.rewards(held.rollouts)] = item
+            return
+        held.rewards = ref
+        self._put(item)
+        self._ledger.ready(item)
+
+    def _put(self, item: int) -> None:
+        held = self._held[item]
+        ray.get(self._queue.put.remote(item, (held.rollouts, held.rewards)))
+
+    def _train(self) -> None:
+        batch = self._ledger.next_batch()
+        if batch is None or self._step is not None:
+            return
+        lease = ray.get(self._queue.lease.remote(batch))
+        if not isinstance(lease, Lease):  # the queue was restarted, empty
+            for item in lease:
+                self._put(item)
+            return
+        self._ledger.training(batch)
+        kl_coef, learning_rate = self._metrics.schedules(self._ledger.version)
+        parts = self._learner.align(list(lease.payloads), kl_coef, learning_rate)
+        self._step = _Step(lease, batch, set(parts), parts, kl_coef, learning_rate)
+
+    def _trained(self, step: _Step) -> None:
+        metrics = merged(ray.get(step.parts))
+        learned = time.perf_counter()
+        ray.get(self._queue.acknowledge.remote(step.lease.id))
+        version = self._ledger.version
+        self._ledger.trained(step.batch)
+        self._pulling |= set(self._generators.set_weights(self._learner.weights(), version + 1))
+        held = [self._held.pop(item) for item in step.batch]
+        staleness = [version - h.summary.version for h in held]
+        assert max(staleness) <= self._config.staleness, (version, staleness)
+        now = time.perf_counter()
+        metrics |= {
+            "step": float(version + 1),
+            "kl_coef": step.kl_coef,
+            "learning_rate": step.learning_rate,
+            "staleness": sum(staleness) / len(staleness),
+            "seconds": now - self._last,
+            "seconds/learn": learned - step.started,
+        }
+        self._on_step(self._metrics.step(metrics, [h.summary for h in held], [h.values for h in held]))
+        self._last, self._step = now, None
+
+    def _pulled(self, ref: ray.ObjectRef) -> None:
+        self._pulling.discard(ref)
+        try:
+            ray.get(ref)
+        except RayTaskError:
+            raise
+        except RayActorError:
+            pass  # it pulls the current weights when it is back
+        if not self._pulling:
+            self._ledger.pulled(self._ledger.version)

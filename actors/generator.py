@@ -1,0 +1,182 @@
+"""Rollout generators: policy weights of a version, and an engine that samples from them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.resources import actor_options, set_threads
+from rlhf.config import RoleConfig, RolloutConfig
+from rlhf.types import Rollouts, WorkItem
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the driver needs to know of rollouts that it does not fetch."""
+
+    item: int
+    version: int
+    responses: int
+    tokens: int
+    finished: int
+    seconds: float
+
+
+class Generator:
+    """One generator. `load` first; then any number of `set_weights` and `generate`."""
+
+    def __init__(self, rollout: RolloutConfig, chat_template: str | None, role: RoleConfig) -> None:
+        set_threads(role.cpus)
+        self._rollout, self._template, self._role = rollout, chat_template, role
+        self._loaded: str | None = None
+
+    def ping(self) -> str:
+        return "pong"
+
+    def apply(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
+        """What `FaultTolerantActorManager` calls."""
+        return func(self, *args, **kwargs)
+
+    def load(self, policy: str) -> None:
+        """Takes the weights of a saved policy, as version 0."""
+        from rlhf.data.chat import ChatFormat
+        from rlhf.generate.transformers_engine import TransformersEngine
+        from rlhf.models.load import load_policy, load_tokenizer
+
+        chat = ChatFormat(load_tokenizer(policy, "policy.path"), "policy", self._template)
+        device = "cuda" if self._role.gpus > 0 else "cpu"
+        self._engine = TransformersEngine(
+            load_policy(policy), chat, self._rollout.max_new_tokens, self._rollout.temperature, device=device
+        )
+
+    def set_weights(self, weights: Any, version: int) -> None:
+        self._engine.set_weights(weights.arrays(), version)
+
+    def generate(self, item: WorkItem) -> tuple[Rollouts, Summary]:
+        rollouts = self._engine.generate(item)
+        return rollouts, Summary(
+            item.id,
+            rollouts.version,
+            rollouts.responses,
+            len(rollouts.tokens.values),
+            int(rollouts.finished.sum()),
+            rollouts.seconds,
+        )
+
+    def logprobs(self, rollouts: Rollouts) -> np.ndarray:
+        return self._engine.logprobs(rollouts)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A finished work item: its rollouts stay in the object store, owned by the driver."""
+
+    item: WorkItem
+    rollouts: ray.ObjectRef
+    summary: Summary
+
+
+class GeneratorPool:
+    """All generators, seen from the driver. Ray restarts a dead one; it then gets the current policy again.
+
+    `FaultTolerantActorManager` keeps who is healthy. Work is dispatched beside it, with two return values, so that
+    the driver reads the summary and leaves the rollouts where they are.
+    """
+
+    def __init__(self, rollout: RolloutConfig, chat_template: str | None, role: RoleConfig) -> None:
+        from ray.rllib.utils.actor_manager import FaultTolerantActorManager
+
+        actor = ray.remote(Generator).options(max_restarts=-1, max_task_retries=0, **actor_options(role))
+        self._actors = [actor.remote(rollout, chat_template, role) for _ in range(role.count)]
+        self._manager = FaultTolerantActorManager(self._actors)
+        self._busy: dict[int, ray.ObjectRef] = {}
+        self._work: dict[ray.ObjectRef, tuple[int, WorkItem, ray.ObjectRef]] = {}
+        self._policy: str | None = None
+        self._weights: tuple[ray.ObjectRef, int] | None = None
+
+    def load(self, policy: str) -> None:
+        """Every generator takes the weights of a saved policy, as version 0."""
+        self._policy, self._weights = policy, None
+        ray.get([a.load.remote(policy) for a in self._actors])
+
+    def set_weights(self, weights: ray.ObjectRef, version: int) -> list[ray.ObjectRef]:
+        """Sends weights to every healthy generator; references that are ready when they have pulled them."""
+        self._weights = (weights, version)
+        return [self._actors[i].set_weights.remote(weights, version) for i in self._manager.healthy_actor_ids()]
+
+    @property
+    def pending(self) -> list[ray.ObjectRef]:
+        return list(self._work)
+
+    def idle(self) -> list[int]:
+        return [i for i in self._manager.healthy_actor_ids() if i not in self._busy]
+
+    def submit(self, item: WorkItem, worker: int) -> None:
+        generate = self._actors[worker].generate.options(num_returns=2)
+        rollouts, summary = generate.remote(item)
+        self._busy[worker] = summary
+        self._work[summary] = (worker, item, rollouts)
+
+    def finish(self, ref: ray.ObjectRef) -> tuple[int, WorkItem, Sampled | None]:
+        """The outcome of a ready reference: worker, item, and its rollouts, or None if the generator died."""
+        worker, item, rollouts = self._work.pop(ref)
+        if self._busy.get(worker) == ref:
+            del self._busy[worker]
+        try:
+            return worker, item, Sampled(item, rollouts, ray.get(ref))
+        except RayTaskError:  # the generator's own error is the user's to see
+            raise
+        except RayActorError:
+            self._manager.set_actor_state(worker, healthy=False)
+            return worker, item, None
+
+    def restart(self, worker: int) -> None:
+        """Ends a generator that does not answer; its work comes back through `finish`."""
+        ray.kill(self._actors[worker], no_restart=False)
+
+    def heal(self) -> list[int]:
+        """Brings restarted generators back with the current policy; their numbers."""
+        sick = [i for i in self._manager.actor_ids() if not self._manager.is_actor_healthy(i)]
+        back = []
+        for worker in sick:
+            try:
+                ray.get(self._restore(worker), timeout=60)
+            except (RayActorError, ray.exceptions.GetTimeoutError):
+                continue
+            self._manager.set_actor_state(worker, healthy=True)
+            back.append(worker)
+        return back
+
+    def _restore(self, worker: int) -> list[ray.ObjectRef]:
+        calls = [self._actors[worker].load.remote(self._policy)]
+        if self._weights is not None:
+            calls.append(self._actors[worker].set_weights.remote(*self._weights))
+        return calls
+
+    def sample(self, items: Sequence[WorkItem]) -> Iterator[Sampled]:
+        """Samples all items, as they finish; items of generators that die are sampled again."""
+        waiting = deque(items)
+        left = len(items)
+        while left:
+            for worker in self.idle():
+                if waiting:
+                    self.submit(waiting.popleft(), worker)
+            for ref in ray.wait(self.pending, timeout=1.0)[0] if self.pending else []:
+                _, item, sampled = self.finish(ref)
+                if sampled is None:
+                    waiting.appendleft(item)
+                else:
+                    left -= 1
+                    yield sampled
+            self.heal()
+
+    def logprobs(self, rollouts: Sequence[ray.ObjectRef]) -> list[np.ndarray]:
+        """Log-probabilities of rollouts' tokens under the generators' current policy, float32 [T] each."""
+        calls = [self._actors[i % len(self._actors)].logprobs.remote(r) for i, r in enumerate(rollouts)]
+        return ray.get(calls)

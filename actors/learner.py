@@ -1,0 +1,128 @@
+"""Learner ranks: each holds a DeepSpeed engine and trains whatever task it is given.
+
+The same processes train the SFT model, the reward models and the policy, one after another.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.resources import actor_options, set_threads
+from rlhf.config import DeepSpeedConfig, RoleConfig, TrainingConfig
+from rlhf.types import Experience
+
+if TYPE_CHECKING:
+    from rlhf.learn.tasks import Task
+
+
+class LearnerRank:
+    """One rank. Every rank must get the same calls in the same order: their collectives wait for each other."""
+
+    def __init__(self, rank: int, world: int, config: DeepSpeedConfig, role: RoleConfig) -> None:
+        self.rank, self.world, self.config, self.role = rank, world, config, role
+        set_threads(role.cpus)
+
+    def address(self) -> str:
+        return ray.util.get_node_ip_address()
+
+    def free_port(self) -> int:
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return int(s.getsockname()[1])
+
+    def join(self, address: str, port: int) -> None:
+        """Joins the ranks' process group; returns when all have."""
+        gpu = self.role.gpus > 0
+        os.environ.update(
+            MASTER_ADDR=address,
+            MASTER_PORT=str(port),
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world),
+            LOCAL_RANK="0",
+        )
+        if not gpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+        import deepspeed
+        import deepspeed.ops
+
+        if not gpu:  # gloo serves; the shared-memory op would be compiled at start
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+
+    def load(self, task: Task, weight_decay: float, max_grad_norm: float) -> None:
+        from rlhf.learn.trainer import Trainer
+
+        model, objective = task.build("cuda" if self.role.gpus > 0 else "cpu")
+        self.trainer = Trainer(model, self.config, weight_decay, max_grad_norm, self.rank, self.world)
+        self.trainer.objective = objective
+
+    def fit(self, data: Any, training: TrainingConfig, seed: int, start: int, stop: int) -> list[dict[str, float]]:
+        """Steps start..stop of supervised or Bradley-Terry training. Metrics of each step, summed over ranks later."""
+        from rlhf.learn.schedule import learning_rate
+        from rlhf.learn.tasks import batch_indices
+
+        return [
+            self.trainer.step(
+                (data, batch_indices(len(data), training.batch_size, step, seed)), learning_rate(step, training)
+            )
+            for step in range(start, stop)
+        ]
+
+    def align(self, batch: list[tuple[Any, Any]], kl_coef: float, learning_rate: float) -> dict[str, float]:
+        """One step on a leased batch of (rollouts reference, rewards reference)."""
+        rollouts, rewards = ray.get([a for a, _ in batch]), ray.get([b for _, b in batch])
+        experiences = [Experience(a, b) for a, b in zip(rollouts, rewards, strict=True)]
+        return self.trainer.step((experiences, kl_coef), learning_rate)
+
+    def weights(self) -> Any:
+        return self.trainer.weights()
+
+    def save(self, path: str) -> None:
+        self.trainer.save(Path(path))
+
+
+class LearnerGroup:
+    """All ranks, seen from the driver."""
+
+    def __init__(self, config: DeepSpeedConfig, role: RoleConfig, port: int | None) -> None:
+        actor = ray.remote(LearnerRank)
+        self.ranks = [
+            actor.options(name=f"learner:{rank}:{os.getpid()}", **actor_options(role)).remote(
+                rank, role.count, config, role
+            )
+            for rank in range(role.count)
+        ]
+        address, free = ray.get([self.ranks[0].address.remote(), self.ranks[0].free_port.remote()])
+        ray.get([rank.join.remote(address, port or free) for rank in self.ranks])
+
+    def load(self, task: Task, weight_decay: float, max_grad_norm: float = 1.0) -> None:
+        ray.get([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
+
+    def fit(self, data: ray.ObjectRef, training: TrainingConfig, seed: int, start: int, stop: int) -> list[dict]:
+        parts = ray.get([rank.fit.remote(data, training, seed, start, stop) for rank in self.ranks])
+        return [merged(step) for step in zip(*parts, strict=True)]
+
+    def align(self, batch: list[tuple], kl_coef: float, learning_rate: float) -> list[ray.ObjectRef]:
+        """Starts a step; the references of the ranks' metrics."""
+        return [rank.align.remote(batch, kl_coef, learning_rate) for rank in self.ranks]
+
+    def weights(self) -> ray.ObjectRef:
+        """Starts the gathering of weights; the reference of rank 0's."""
+        return [rank.weights.remote() for rank in self.ranks][0]
+
+    def save(self, path: Path) -> None:
+        ray.get([rank.save.remote(str(path)) for rank in self.ranks])
+
+
+def merged(parts: tuple[dict[str, float], ...] | list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a batch from those of its ranks: sums, but for the global gradient norm."""
+    keys = {key for part in parts for key in part}
+    out = {key: sum(part.get(key, 0.0) for part in parts) for key in sorted(keys)}
+    out["grad_norm"] = parts[0]["grad_norm"]
+    return out

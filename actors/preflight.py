@@ -1,0 +1,69 @@
+"""What is checked before Ray starts, so that a mistake costs seconds."""
+
+from __future__ import annotations
+
+from actors.resources import check_machine
+from rlhf.config import Config
+from rlhf.data.prepare import RunData, check_lengths, prepare
+from rlhf.store import Store
+
+
+def preflight(config: Config, store: Store) -> RunData:
+    """Loads and checks the data, the given models' configurations and tokenizers, and the machine.
+
+    Raises:
+        ValueError: names the key, file, row or model, and what to do.
+    """
+    check_machine(config)
+    data = prepare(config, store)
+    _check_names(config)
+    _check_policy(config, data)
+    _check_reward_models(config, data)
+    return data
+
+
+def _check_names(config: Config) -> None:
+    from rlhf.learn.advantages import ADVANTAGES
+    from rlhf.utility.combine import COMBINATIONS
+    from rlhf.utility.transforms import TRANSFORMS
+
+    for key, name, registry in (
+        ("utility.transform", config.utility.transform, TRANSFORMS),
+        ("utility.combine", config.utility.combine, COMBINATIONS),
+        ("algorithm.name", config.algorithm.name, ADVANTAGES),
+    ):
+        if name not in registry:
+            raise ValueError(f"{key}={name} is not one of {', '.join(sorted(registry))}")
+
+
+def _check_policy(config: Config, data: RunData) -> None:
+    from rlhf.data.chat import ChatFormat
+    from rlhf.models.load import load_config, load_tokenizer, max_positions
+
+    policy = config.policy
+    path, key = (policy.path, "policy.path") if policy.path else (policy.init_from, "policy.init_from")
+    if path is None:
+        return
+    limit = max_positions(load_config(path, key))
+    chat = ChatFormat(load_tokenizer(path, key), "policy", policy.chat_template)
+    prompts = [*data.prompts, *data.eval_prompts]
+    lengths = [len(chat.prompt_tokens(p.content)) for p in prompts]
+    check_lengths(prompts, lengths, config.rollout.max_new_tokens, limit)
+
+
+def _check_reward_models(config: Config, data: RunData) -> None:
+    from rlhf.data.chat import ChatFormat
+    from rlhf.data.preferences import load_preferences
+    from rlhf.models.load import check_reward_config, load_config, load_tokenizer
+
+    for name, model in config.reward_models.items():
+        path, key = (model.path, "path") if model.path else (model.init_from, "init_from")
+        if path is not None:
+            key = f"reward_models.{name}.{key}"
+            found = load_config(path, key)
+            if model.path is not None:
+                check_reward_config(found, key)
+            chat = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", model.chat_template)
+            chat.conversation_tokens(data.prompts[0].content, "A response.")
+        if model.path is None and config.data.microcosm is None:
+            load_preferences(data.preferences[name] or "")

@@ -1,0 +1,81 @@
+"""How roles are placed: what each process asks Ray for, and whether a cluster can give it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+from rlhf.config import Config, RoleConfig
+
+
+def actor_options(role: RoleConfig) -> dict[str, Any]:
+    return {"num_cpus": role.cpus, "num_gpus": role.gpus}
+
+
+def threads(cpus: float) -> int:
+    return max(1, int(cpus))
+
+
+def set_threads(cpus: float) -> None:
+    """An actor computes with as many threads as it was given CPUs, one at least."""
+    os.environ["OMP_NUM_THREADS"] = str(threads(cpus))
+    import torch
+
+    torch.set_num_threads(threads(cpus))
+
+
+def asked(config: Config) -> dict[str, float]:
+    """CPUs and GPUs that all roles ask for together."""
+    r, models = config.resources, len(config.reward_models)
+    roles = [(r.generators, r.generators.count), (r.learner, r.learner.count), (r.reward, r.reward.count * models)]
+    return {
+        "CPU": sum(role.cpus * count for role, count in roles),
+        "GPU": sum(role.gpus * count for role, count in roles),
+    }
+
+
+def check_machine(config: Config) -> None:
+    """What can be known before Ray starts.
+
+    Raises:
+        ValueError: more processes of a role than CPUs here, or a port in use; it names the key and the number.
+    """
+    resources = config.resources
+    if resources.address is None and "RAY_ADDRESS" not in os.environ:
+        here = len(os.sched_getaffinity(0))
+        for key in ("learner", "generators"):
+            count = getattr(resources, key).count
+            if count > here:
+                raise ValueError(
+                    f"resources.{key}.count={count} asks for {count} processes, but this machine has {here} CPUs; "
+                    f"lower it, or give a cluster by resources.address"
+                )
+        check_offer(config, {"CPU": here})
+    for key in ("master_port", "dashboard_port"):
+        port = getattr(resources, key)
+        if port is not None:
+            check_port(f"resources.{key}", port)
+
+
+def check_offer(config: Config, offered: dict[str, float]) -> None:
+    """Refuses to start what the cluster can never place (an autoscaling cluster may yet grow)."""
+    if config.resources.autoscaling:
+        return
+    for kind, amount in asked(config).items():
+        if kind in offered or amount > 0:
+            have = offered.get(kind, 0.0) if kind in offered or kind == "CPU" else None
+            if have is not None and amount > have + 1e-6:
+                raise ValueError(
+                    f"resources: the roles ask for {amount:g} {kind}s together, there are {have:g}; lower "
+                    f"resources.{{generators,learner,reward}}.{{count,{kind.lower()}s}} or set resources.autoscaling=true"
+                )
+
+
+def check_port(key: str, port: int) -> None:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"{key}={port}: the port is in use ({error.strerror}); choose another") from None

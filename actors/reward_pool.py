@@ -1,0 +1,137 @@
+"""The reward-model pool: one Serve deployment for each reward model, and an ingress in front.
+
+The ingress fans a batch of rollouts out to every model, asks the baseline for the prompts' reference rewards,
+transforms and combines. Batches travel by reference, one call for each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+
+from actors.resources import set_threads
+from rlhf.config import Config, ResourcesConfig
+from rlhf.types import Content, Rewards, Rollouts
+from rlhf.utility.pipeline import Utility
+
+ATTEMPTS = 5
+
+
+class RewardModel:
+    """One replica of one reward model."""
+
+    def __init__(self, name: str, path: str, template: str | None, budget: int, cpus: float, gpus: float) -> None:
+        set_threads(cpus)
+        from rlhf.models.reward import RewardScorer
+
+        self._scorer = RewardScorer(name, path, template, budget, "cuda" if gpus > 0 else "cpu")
+
+    def score(self, rollouts: list[ray.ObjectRef]) -> np.ndarray:
+        """Rewards of the responses of one `Rollouts`, float32 [B]."""
+        batch: Rollouts = ray.get(rollouts[0])
+        return self._scorer.score([batch.prompts[g] for g in batch.group], batch.texts)
+
+    def score_texts(self, contents: Sequence[Content], responses: Sequence[str]) -> np.ndarray:
+        return self._scorer.score(contents, responses)
+
+
+class RewardIngress:
+    """Rewards rollouts by all models. A call lost with its replica is made again on another."""
+
+    def __init__(self, models: Mapping[str, Any], baseline: Any, utility: Utility) -> None:
+        assert tuple(models) == tuple(utility.weights), (models, utility)
+        self._models, self._baseline, self._utility = dict(models), baseline, utility
+
+    async def raw(self, rollouts: list[ray.ObjectRef]) -> np.ndarray:
+        """Raw rewards of one `Rollouts`, float32 [B, M]."""
+        columns = await asyncio.gather(*(self._call(m, "score", rollouts) for m in self._models))
+        return np.stack(columns, 1)
+
+    async def canned(self, model: str, contents: Sequence[Content], responses: Sequence[str]) -> np.ndarray:
+        """Rewards of given responses by one model, float32 [N]."""
+        return await self._call(model, "score_texts", contents, responses)
+
+    async def rewards(self, rollouts: list[ray.ObjectRef]) -> Rewards:
+        """What the learner maximises, for one `Rollouts`."""
+        started = time.perf_counter()
+        batch: Rollouts = await rollouts[0]
+        raw, statistics = await asyncio.gather(
+            self.raw(rollouts), asyncio.wrap_future(self._baseline.references.remote(batch.prompt_ids).future())
+        )
+        return replace(self._utility.rewards(batch, raw, statistics), seconds=time.perf_counter() - started)
+
+    async def _call(self, model: str, method: str, *arguments: Any) -> np.ndarray:
+        for attempt in range(ATTEMPTS):
+            try:
+                return await getattr(self._models[model], method).remote(*arguments)
+            except RayActorError:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                await asyncio.sleep(0.2 * 2**attempt)
+        raise AssertionError
+
+
+class RewardPool:
+    """The running application, seen from the driver."""
+
+    def __init__(self, config: Config, paths: Mapping[str, str], baseline: Any, utility: Utility) -> None:
+        self._name = f"rewards-{os.getpid()}"
+        app = serve.deployment(RewardIngress).options(
+            name="ingress", max_ongoing_requests=64, ray_actor_options={"num_cpus": 0}
+        )
+        models = {
+            name: _deployment(name, config.resources).bind(
+                name,
+                paths[name],
+                model.chat_template,
+                config.deepspeed.micro_batch_tokens * 2,
+                config.resources.reward.cpus,
+                config.resources.reward.gpus,
+            )
+            for name, model in config.reward_models.items()
+        }
+        self._handle = serve.run(
+            app.bind(models, baseline, utility), name=self._name, route_prefix=None, logging_config={"log_level": "ERROR"}
+        )
+
+    def raw(self, rollouts: ray.ObjectRef) -> ray.ObjectRef:
+        """Starts the scoring of rollouts; the reference of their raw rewards, float32 [B, M]."""
+        return self._handle.raw.remote([rollouts])._to_object_ref_sync()
+
+    def canned(self, model: str, contents: Sequence[Content], responses: Sequence[str]) -> ray.ObjectRef:
+        return self._handle.canned.remote(model, contents, responses)._to_object_ref_sync()
+
+    def rewards(self, rollouts: ray.ObjectRef) -> ray.ObjectRef:
+        """Starts the rewarding of rollouts; the reference of their `Rewards`."""
+        return self._handle.rewards.remote([rollouts])._to_object_ref_sync()
+
+    def stop(self) -> None:
+        serve.delete(self._name)
+
+
+def _deployment(name: str, resources: ResourcesConfig) -> Any:
+    role = resources.reward
+    options: dict[str, Any] = {
+        "name": f"reward-{name}",
+        "max_ongoing_requests": 4,
+        "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus},
+    }
+    if resources.max_reward_replicas > role.count:
+        options["autoscaling_config"] = {
+            "min_replicas": role.count,
+            "initial_replicas": role.count,
+            "max_replicas": resources.max_reward_replicas,
+            "target_ongoing_requests": 2,
+        }
+    else:
+        options["num_replicas"] = role.count
+    return serve.deployment(RewardModel).options(**options)

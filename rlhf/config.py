@@ -1,0 +1,318 @@
+"""Types and cross-field checks of the configuration. The values, and so every default, are in `conf/`.
+
+Imports neither torch nor Ray, so that a bad configuration is refused at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+STAGES = ("sft", "reward_models", "baseline", "align", "evaluate", "report")
+
+
+@dataclass
+class MicrocosmConfig:
+    """Size of the embedded data set (`rlhf/data/microcosm.py`)."""
+
+    demonstrations: int
+    pairs: int
+    eval_share: float  # share of the prompts held out for evaluation
+    seed: int
+
+
+@dataclass
+class DataConfig:
+    """Either the microcosm, or the user's own files and hub data sets."""
+
+    microcosm: MicrocosmConfig | None
+    prompts: str | None  # a file, a folder or a hub name (see rlhf/data/rows.py)
+    eval_prompts: str | None  # null: eval_size prompts are held out of `prompts`
+    eval_size: int  # evaluation prompts used, at most
+    train_size: int | None  # training prompts used, at most; null: all
+    demonstrations: str | None  # for the sft stage
+    judge: str | None  # "microcosm", or null: the reward models judge
+
+
+@dataclass
+class TrainingConfig:
+    """Supervised or Bradley-Terry training of one model."""
+
+    steps: int
+    batch_size: int  # examples (or pairs) a step, over all ranks
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+
+
+@dataclass
+class ArchitectureConfig:
+    """A Llama-style model made from nothing; used when neither path nor init_from is given."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    max_positions: int
+
+
+@dataclass
+class PolicyConfig:
+    path: str | None  # a finished base policy: the sft stage is skipped
+    init_from: str | None  # the model that sft starts from; null: `architecture`, with random weights
+    chat_template: str | None  # Jinja text, a file, or "hh"; null: the tokenizer's own
+    architecture: ArchitectureConfig
+    training: TrainingConfig
+
+
+@dataclass
+class RewardModelConfig:
+    path: str | None  # a finished sequence classifier with one label: not trained
+    init_from: str | None  # the model that training starts from; null: the base policy
+    preferences: str | None  # pairs to train on; null: the microcosm's, by the model's name
+    chat_template: str | None
+    training: TrainingConfig
+    weight: float  # of its utility in the combination
+    reference: str  # r_ref: quantile | canned | mean | constant
+    canned: list[str]  # responses whose mean reward is r_ref, for reference=canned
+    constant: float  # r_ref, for reference=constant
+
+
+@dataclass
+class UtilityConfig:
+    transform: str  # a name in rlhf.utility.transforms.TRANSFORMS
+    combine: str  # a name in rlhf.utility.combine.COMBINATIONS
+
+
+@dataclass
+class BaselineConfig:
+    samples: int  # base-policy responses for each prompt
+    level: float  # of the quantile
+    estimator: str  # empirical | gaussian
+
+
+@dataclass
+class AlgorithmConfig:
+    name: str  # a name in rlhf.learn.advantages.ADVANTAGES
+    importance_cap: float  # truncation of the importance weight of a stale token
+
+
+@dataclass
+class RolloutConfig:
+    max_new_tokens: int
+    temperature: float
+    prompts_per_item: int  # prompts in one work item: what one generator samples at a time
+
+
+@dataclass
+class AlignConfig:
+    steps: int
+    prompts_per_step: int
+    samples_per_prompt: int
+    kl_coef: Any  # a number, or a schedule [[step, value], ...] interpolated linearly
+    learning_rate: Any  # likewise
+    weight_decay: float
+    max_grad_norm: float
+    staleness: int  # versions a trained sample may be behind the policy; 0: on-policy, reproducible
+    item_timeout: float  # seconds after which a silent generator's work is run elsewhere
+
+
+@dataclass
+class EvaluateConfig:
+    samples: int  # responses of each policy to each evaluation prompt
+
+
+@dataclass
+class DeepSpeedConfig:
+    zero_stage: int
+    dtype: str  # float32 | bfloat16
+    micro_batch_tokens: int  # tokens a rank puts through the model at once
+    offload_optimizer: bool
+
+
+@dataclass
+class RoleConfig:
+    count: int  # processes: generators, learner ranks, replicas of each reward model
+    cpus: float  # of each
+    gpus: float  # of each
+
+
+@dataclass
+class ResourcesConfig:
+    address: str | None  # of a Ray cluster; null: the job's own, or a new one on this machine
+    autoscaling: bool  # the cluster may grow to what is asked
+    generators: RoleConfig
+    learner: RoleConfig
+    reward: RoleConfig
+    max_reward_replicas: int  # above reward.count: Serve adds replicas under load
+    master_port: int | None  # of the learner's process group; null: any free one
+    dashboard_port: int | None  # of Ray's dashboard; null: none
+
+
+@dataclass
+class LoggingConfig:
+    live: str  # auto | plain | off
+    tensorboard: bool
+
+
+@dataclass
+class Config:
+    stages: list[str]
+    seed: int
+    output_dir: str
+    data: DataConfig
+    policy: PolicyConfig
+    reward_models: dict[str, RewardModelConfig]
+    utility: UtilityConfig
+    baseline: BaselineConfig
+    algorithm: AlgorithmConfig
+    rollout: RolloutConfig
+    align: AlignConfig
+    evaluate: EvaluateConfig
+    deepspeed: DeepSpeedConfig
+    resources: ResourcesConfig
+    logging: LoggingConfig
+
+
+def typed(values: DictConfig) -> Config:
+    """The composed Hydra configuration as a checked `Config`.
+
+    Raises:
+        ValueError: a key is unknown, missing, of the wrong type, or at odds with another; it names the key.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ValueError(f"configuration key '{key}': {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuses impossible values and combinations; each message names the key."""
+    _check_names(config)
+    _check_numbers(config)
+    _check_inputs(config)
+
+
+def _refuse(condition: bool, message: str) -> None:
+    if condition:
+        raise ValueError(message)
+
+
+def _check_names(config: Config) -> None:
+    for stage in config.stages:
+        _refuse(stage not in STAGES, f"stages: '{stage}' is not one of {', '.join(STAGES)}")
+    choices = {
+        "baseline.estimator": (config.baseline.estimator, ("empirical", "gaussian")),
+        "deepspeed.dtype": (config.deepspeed.dtype, ("float32", "bfloat16")),
+        "deepspeed.zero_stage": (config.deepspeed.zero_stage, (0, 1, 2, 3)),
+        "logging.live": (config.logging.live, ("auto", "plain", "off")),
+        "data.judge": (config.data.judge, (None, "microcosm")),
+    }
+    for name, model in config.reward_models.items():
+        key = f"reward_models.{name}"
+        _refuse(not name.isidentifier(), f"{key}: a reward model's name must be letters, digits and _")
+        _refuse(name == "joint", f"{key}: 'joint' is taken; give the model another name")
+        choices[f"{key}.reference"] = (model.reference, ("quantile", "canned", "mean", "constant"))
+    for key, (value, allowed) in choices.items():
+        _refuse(value not in allowed, f"{key}={value} is not one of {', '.join(map(str, allowed))}")
+
+
+def _check_numbers(config: Config) -> None:
+    align, resources = config.align, config.resources
+    positive = {
+        "align.steps": align.steps,
+        "align.prompts_per_step": align.prompts_per_step,
+        "align.item_timeout": align.item_timeout,
+        "baseline.samples": config.baseline.samples,
+        "evaluate.samples": config.evaluate.samples,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+        "rollout.temperature": config.rollout.temperature,
+        "rollout.prompts_per_item": config.rollout.prompts_per_item,
+        "data.eval_size": config.data.eval_size,
+        "deepspeed.micro_batch_tokens": config.deepspeed.micro_batch_tokens,
+        "algorithm.importance_cap": config.algorithm.importance_cap,
+        "resources.generators.count": resources.generators.count,
+        "resources.learner.count": resources.learner.count,
+        "resources.reward.count": resources.reward.count,
+    }
+    for key, number in positive.items():
+        _refuse(not number > 0, f"{key}={number} must be above 0")
+    _refuse(align.staleness < 0, f"align.staleness={align.staleness} must be 0 or more")
+    _refuse(
+        align.samples_per_prompt < 2,
+        f"align.samples_per_prompt={align.samples_per_prompt}: the leave-one-out baseline needs at least 2",
+    )
+    _refuse(
+        align.prompts_per_step % config.rollout.prompts_per_item != 0,
+        f"align.prompts_per_step={align.prompts_per_step} must be a multiple of "
+        f"rollout.prompts_per_item={config.rollout.prompts_per_item}",
+    )
+    _refuse(not 0 < config.baseline.level < 1, f"baseline.level={config.baseline.level} must be within (0, 1)")
+    for key in ("kl_coef", "learning_rate"):
+        schedule_values = _schedule_values(f"align.{key}", getattr(align, key))
+        _refuse(min(schedule_values) < 0, f"align.{key} must not be negative")
+    _refuse(
+        resources.max_reward_replicas < resources.reward.count,
+        f"resources.max_reward_replicas={resources.max_reward_replicas} is below "
+        f"resources.reward.count={resources.reward.count}",
+    )
+
+
+def _schedule_values(key: str, schedule: Any) -> list[float]:
+    number = (int, float)
+    if isinstance(schedule, number) and not isinstance(schedule, bool):
+        return [float(schedule)]
+    pairs = isinstance(schedule, list) and all(
+        isinstance(p, list) and len(p) == 2 and all(isinstance(v, number) for v in p) for p in schedule
+    )
+    _refuse(not pairs or not schedule, f"{key} must be a number or [[step, value], ...], not {schedule}")
+    steps = [p[0] for p in schedule]
+    ordered = steps[0] == 0 and all(a < b for a, b in zip(steps, steps[1:], strict=False))
+    _refuse(not ordered, f"{key}: the steps of a schedule begin at 0 and rise, not {steps}")
+    return [float(p[1]) for p in schedule]
+
+
+def _check_inputs(config: Config) -> None:
+    data, policy, models = config.data, config.policy, config.reward_models
+    _refuse(not models, "reward_models is empty: give at least one")
+    if data.microcosm is None:
+        _refuse(data.prompts is None, "data.prompts is missing: give a JSONL or Parquet file, or a hub name")
+        _refuse(data.judge is not None, f"data.judge={data.judge} needs the microcosm's prompts (data=microcosm)")
+        _refuse(
+            policy.path is None and (data.demonstrations is None or policy.init_from is None),
+            "give policy.path (a finished policy), or policy.init_from and data.demonstrations (to train one)",
+        )
+        for name, model in models.items():
+            _refuse(
+                model.path is None and model.preferences is None,
+                f"give reward_models.{name}.path (a finished model) or reward_models.{name}.preferences",
+            )
+    else:
+        _refuse(data.prompts is not None, "data.prompts needs data=files: data=microcosm brings its own prompts")
+        for name, model in models.items():
+            _refuse(
+                model.path is None and model.preferences is None and name not in ("helpful", "harmless"),
+                f"give reward_models.{name}.path or .preferences: the microcosm has pairs for helpful and harmless",
+            )
+    for name, model in models.items():
+        _refuse(
+            model.reference == "canned" and not model.canned,
+            f"reward_models.{name}.reference=canned needs reward_models.{name}.canned, a list of responses",
+        )
+        _refuse(
+            config.utility.combine == "and" and model.weight != 1,
+            f"reward_models.{name}.weight={model.weight}: utility.combine=and takes weights of 1; "
+            "use utility.combine=weighted_sum",
+        )
+    _refuse(
+        config.utility.combine == "and" and config.utility.transform != "lsc",
+        f"utility.combine=and needs a transform whose value is a log-probability (lsc), not "
+        f"{config.utility.transform}; use utility.combine=weighted_sum",
+    )

@@ -1,0 +1,104 @@
+"""The data of a run: the microcosm's, written on first use, or the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.config import Config
+from rlhf.data.microcosm import MicrocosmSize, write
+from rlhf.data.prompts import load_prompts
+from rlhf.store import Store, fingerprint, source_fingerprint
+from rlhf.types import Prompt
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What the stages read. Prompts are in memory; demonstrations and preferences are sources to load from."""
+
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    demonstrations: str | None
+    preferences: dict[str, str | None]  # by reward model
+
+    def prompts_fingerprint(self) -> str:
+        return fingerprint([p.id for p in self.prompts], [p.id for p in self.eval_prompts])
+
+
+def prepare(config: Config, store: Store) -> RunData:
+    """Loads the prompts and names the sources of the rest.
+
+    Raises:
+        ValueError: a file is missing, empty or malformed; it names the file and line, and what to do.
+    """
+    data = config.data
+    given = {name: model.preferences for name, model in config.reward_models.items()}
+    if data.microcosm is None:
+        assert data.prompts is not None
+        prompts, held_out = _split(config, load_prompts(data.prompts))
+        demonstrations, preferences = data.demonstrations, given
+    else:
+        size = MicrocosmSize(**vars(data.microcosm))
+        name = fingerprint(size)
+        folder = store.folder("microcosm", name)
+        if not store.has("microcosm", name):
+            store.make("microcosm", name, lambda folder: write(folder, size))
+        prompts = load_prompts(str(folder / "prompts.jsonl"))
+        held_out = load_prompts(data.eval_prompts or str(folder / "eval_prompts.jsonl"))
+        demonstrations = data.demonstrations or str(folder / "demonstrations.jsonl")
+        preferences = {n: path or _microcosm_pairs(folder, n) for n, path in given.items()}
+    train = prompts if data.train_size is None else prompts[: data.train_size]
+    return RunData(train, held_out[: data.eval_size], demonstrations, preferences)
+
+
+def _microcosm_pairs(folder: Path, model: str) -> str | None:
+    path = folder / f"preferences_{model}.jsonl"
+    return str(path) if path.exists() else None
+
+
+def _split(config: Config, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and evaluation prompts: given apart, or the last ones by prompt id (which looks random)."""
+    data = config.data
+    if data.eval_prompts is not None:
+        held_out = load_prompts(data.eval_prompts)
+        both = {p.id for p in prompts} & {p.id for p in held_out}
+        if both:
+            first = next(p for p in held_out if p.id in both)
+            raise ValueError(
+                f"data.eval_prompts: {len(both)} prompts are training prompts too, first {first.source}; leave them out"
+            )
+        return prompts, held_out
+    if len(prompts) <= data.eval_size:
+        raise ValueError(
+            f"data.eval_size={data.eval_size} would hold out all of the {len(prompts)} prompts of "
+            f"{data.prompts}; lower it or give data.eval_prompts"
+        )
+    held_out_ids = {p.id for p in sorted(prompts, key=lambda p: p.id)[-data.eval_size :]}
+    return [p for p in prompts if p.id not in held_out_ids], [p for p in prompts if p.id in held_out_ids]
+
+
+def check_lengths(prompts: list[Prompt], tokens: list[int], max_new_tokens: int, limit: int | None) -> None:
+    """Refuses prompts that leave the policy no room for a response.
+
+    Raises:
+        ValueError: names the row, its tokens, and the limit.
+    """
+    for prompt, length in zip(prompts, tokens, strict=True):
+        if limit is not None and length + max_new_tokens > limit:
+            raise ValueError(
+                f"{prompt.source}: a prompt of {length} tokens and rollout.max_new_tokens={max_new_tokens} exceed the "
+                f"policy's {limit} positions; shorten or remove the row, or lower rollout.max_new_tokens"
+            )
+
+
+def demonstrations_source(data: RunData) -> str:
+    if data.demonstrations is None:
+        raise ValueError("stage sft needs data.demonstrations, or a finished policy in policy.path")
+    return data.demonstrations
+
+
+def preferences_source(data: RunData, model: str) -> str:
+    source = data.preferences[model]
+    if source is None:
+        raise ValueError(f"reward model '{model}' needs reward_models.{model}.preferences or .path")
+    return source

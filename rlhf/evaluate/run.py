@@ -1,0 +1,79 @@
+"""Gathers what a run left on disk into the record that the report is made of."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import numpy as np
+
+from rlhf.config import Config
+from rlhf.evaluate.record import RunRecord, load_samples
+from rlhf.evaluate.samples import PolicySamples
+from rlhf.logs import read_metrics
+from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
+
+PACKAGES = ("rlhf", "ray", "torch", "transformers", "deepspeed", "datasets", "hydra-core", "numpy")
+EXAMPLES = 6  # prompts whose base reward distribution is drawn
+
+
+def run_record(
+    config: Config,
+    run: Path,
+    seconds: Mapping[str, float],
+    skipped: Sequence[str],
+    align: Path,
+    evaluated: Path,
+    statistics: Path,
+    rules: Mapping[str, ReferenceRule],
+) -> RunRecord:
+    """The record of a finished run from the folders of its stages."""
+    base, aligned = load_samples(evaluated / "base.npz"), load_samples(evaluated / "aligned.npz")
+    return RunRecord(
+        title=f"{config.utility.transform} · {config.algorithm.name} · {', '.join(config.reward_models)}",
+        config=(run / "config.yaml").read_text(),
+        versions=versions(),
+        seconds=dict(seconds),
+        skipped=list(skipped),
+        metrics=read_metrics(align),
+        base=base,
+        aligned=aligned,
+        baseline=_examples(BaselineStatistics.load(statistics), rules, aligned),
+    )
+
+
+def _examples(
+    statistics: BaselineStatistics, rules: Mapping[str, ReferenceRule], aligned: PolicySamples
+) -> dict[str, dict[str, Any]]:
+    """Base rewards, r_ref and aligned rewards of a few prompts, spread over the evaluation set."""
+    chosen = np.unique(np.linspace(0, len(aligned.prompts) - 1, EXAMPLES).astype(int))
+    ids = aligned.prompt_ids[chosen]
+    return {
+        name: {
+            "prompts": [aligned.prompts[i] for i in chosen],
+            "samples": np.stack([statistics.samples(name, int(i)) for i in ids]),
+            "r_ref": statistics.reference(name, ids, rule)[0],
+            "aligned": aligned.rewards[name][chosen],
+        }
+        for name, rule in rules.items()
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what matters, and the commit the code is at."""
+    found = {"python": python_version(), **{name: version(name) for name in PACKAGES}}
+    root = Path(__file__).resolve().parents[2]
+    try:
+        found["commit"] = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["commit"] = "not in a git checkout"
+    return found

@@ -1,0 +1,177 @@
+"""Did alignment help? Win rates, comparison with random base responses, KL, and who was left behind.
+
+A response wins in a property when its judged score is at least `judge_reference` of its prompt; it wins
+jointly when it wins in every property. Rates are means over prompts of the share of their responses.
+
+Intervals (95 %) are percentile bootstraps over clusters, drawn with a fixed seed: prompts with the same
+`meta["topic"]` stand or fall together, so whole topics are drawn; without that column, prompts are. The
+same draws serve the base and the aligned policy, so the interval of their difference is a paired one.
+Below about ten clusters such an interval is too narrow; with one nothing is known and it is the whole range.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rlhf.evaluate.samples import PolicySamples
+
+JOINT = "joint"
+RESAMPLES = 4000
+SEED = 0
+TAIL = 0.025  # probability outside the interval, on each side
+_CHUNK = 250  # resamples held in memory at once
+
+
+def win_rates(base: PolicySamples, aligned: PolicySamples) -> dict[str, Any]:
+    """Everything measured on two policies' responses to the same prompts.
+
+    Returns a dict (`name` runs over the properties and "joint"):
+        properties          the judged properties, in order
+        win_rate            name -> {"base", "aligned"}: share of responses that reach the reference
+        win_rate_ci         name -> {"base", "aligned", "change"}: (low, high)
+        win_vs_random       name -> share of pairs in which the aligned response beats a base response
+        win_vs_random_ci    name -> (low, high)
+        kl, kl_standard_error   nats a response: mean over prompts of the mean log-ratio
+        left_behind         property -> share of prompts whose mean score fell
+        per_prompt          property -> {"base", "aligned", "difference": float64 [P], "left_behind": bool [P]}
+        prompts, samples, clusters, cluster_by      what the numbers rest on
+
+    Raises:
+        ValueError: a judged score is not finite; it names the property and the prompt.
+    """
+    _check(base, aligned)
+    clusters, cluster_by = cluster_index(aligned)
+    before, after, versus = prompt_wins(base), prompt_wins(aligned), prompt_versus(base, aligned)
+    names = list(before)
+    columns = [d[name] for d in (before, after, versus) for name in names]
+    columns += [after[name] - before[name] for name in names]
+    low, high = bootstrap(np.stack(columns, axis=1), clusters)
+    intervals = np.stack([low, high], axis=1).reshape(4, len(names), 2)
+    if clusters.max() == 0:
+        intervals[:3], intervals[3] = (0.0, 1.0), (-1.0, 1.0)
+    kl, kl_standard_error = mean_and_error(np.asarray(aligned.log_ratio, np.float64).mean(axis=1), clusters)
+    table = per_prompt(base, aligned)
+    kinds = ("base", "aligned", "random", "change")
+    ci = {n: {k: _pair(intervals[i, j]) for i, k in enumerate(kinds)} for j, n in enumerate(names)}
+    return {
+        "properties": names[:-1],
+        "win_rate": {n: {"base": float(before[n].mean()), "aligned": float(after[n].mean())} for n in names},
+        "win_rate_ci": {n: {k: ci[n][k] for k in ("base", "aligned", "change")} for n in names},
+        "win_vs_random": {n: float(versus[n].mean()) for n in names},
+        "win_vs_random_ci": {n: ci[n]["random"] for n in names},
+        "kl": kl,
+        "kl_standard_error": kl_standard_error,
+        "left_behind": {n: float(row["left_behind"].mean()) for n, row in table.items()},
+        "per_prompt": table,
+        "prompts": len(aligned.prompts),
+        "samples": int(aligned.lengths.shape[1]),
+        "clusters": int(clusters.max()) + 1,
+        "cluster_by": cluster_by,
+    }
+
+
+def prompt_wins(samples: PolicySamples) -> dict[str, np.ndarray]:
+    """Property (then "joint") -> float64 [P]: share of a prompt's responses that reach the reference."""
+    wins = {n: s >= samples.judge_reference[n][:, None] for n, s in samples.judged.items()}
+    wins[JOINT] = np.logical_and.reduce(list(wins.values()))
+    return {name: won.mean(axis=1) for name, won in wins.items()}
+
+
+def prompt_versus(base: PolicySamples, aligned: PolicySamples) -> dict[str, np.ndarray]:
+    """Property (then "joint") -> float64 [P]: chance that an aligned response beats a random base response.
+
+    A tie counts half. Jointly a response beats another when it is worse in no property and better in one;
+    equal pairs, and pairs where each is better in something, count half. So 0.5 always means "no better".
+    All pairs are compared: nothing is drawn.
+    """
+    above, below = [], []
+    for name, score in aligned.judged.items():
+        mine, theirs = score[:, :, None], base.judged[name][:, None, :]
+        above.append(mine > theirs)
+        below.append(mine < theirs)
+    some_above, some_below = np.logical_or.reduce(above), np.logical_or.reduce(below)
+    above.append(some_above & ~some_below)
+    below.append(some_below & ~some_above)
+    names = [*aligned.judged, JOINT]
+    rates = [0.5 + 0.5 * (a.mean((1, 2)) - b.mean((1, 2))) for a, b in zip(above, below, strict=True)]
+    return dict(zip(names, rates, strict=True))
+
+
+def per_prompt(base: PolicySamples, aligned: PolicySamples) -> dict[str, dict[str, np.ndarray]]:
+    """Property -> mean judged score of each prompt before and after, the difference, and whether it fell."""
+    table = {}
+    for name in aligned.judged:
+        before = np.asarray(base.judged[name], np.float64).mean(axis=1)
+        after = np.asarray(aligned.judged[name], np.float64).mean(axis=1)
+        table[name] = {
+            "base": before,
+            "aligned": after,
+            "difference": after - before,
+            "left_behind": after < before,
+        }
+    return table
+
+
+def cluster_index(samples: PolicySamples) -> tuple[np.ndarray, str]:
+    """int [P], the cluster of each prompt (0, 1, ...), and what clusters are: "topic" or "prompt"."""
+    if all("topic" in meta for meta in samples.meta):
+        keys, by = [str(meta["topic"]) for meta in samples.meta], "topic"
+    else:
+        keys, by = [str(i) for i in samples.prompt_ids], "prompt"
+    return np.unique(keys, return_inverse=True)[1], by
+
+
+def bootstrap(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile interval (low [K], high [K]) of the column means of values [P, K], by whole clusters.
+
+    >>> low, high = bootstrap(np.array([[0.0], [1.0]] * 50), np.arange(100))
+    >>> bool(0.38 < low[0] < 0.42 and 0.58 < high[0] < 0.62)
+    True
+    """
+    count = int(clusters.max()) + 1
+    sizes = np.bincount(clusters, minlength=count)
+    sums = np.zeros((count, values.shape[1]))
+    np.add.at(sums, clusters, values)
+    rng, means = np.random.default_rng(SEED), []
+    for _ in range(RESAMPLES // _CHUNK):
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=_CHUNK)
+        means.append(drawn @ sums / (drawn @ sizes)[:, None])
+    low, high = np.quantile(np.concatenate(means), [TAIL, 1 - TAIL], axis=0)
+    return low, high
+
+
+def mean_and_error(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """Mean of values [P] and its standard error, robust to correlation within clusters.
+
+    With one prompt a cluster it is the usual std / sqrt(P); with a single cluster it is unknown, told as 0.
+
+    >>> mean_and_error(np.array([1.0, 3.0]), np.array([0, 1]))
+    (2.0, 1.0)
+    """
+    count = int(clusters.max()) + 1
+    mean = float(values.mean())
+    if count == 1:
+        return mean, 0.0
+    totals = np.bincount(clusters, values - mean, minlength=count)
+    return mean, float(np.sqrt(count / (count - 1) * (totals**2).sum()) / len(values))
+
+
+def _pair(interval: np.ndarray) -> tuple[float, float]:
+    return float(interval[0]), float(interval[1])
+
+
+def _check(base: PolicySamples, aligned: PolicySamples) -> None:
+    assert np.array_equal(base.prompt_ids, aligned.prompt_ids), "the policies answered different prompts"
+    assert list(base.judged) == list(aligned.judged), (list(base.judged), list(aligned.judged))
+    assert JOINT not in aligned.judged, f"'{JOINT}' is not a property"
+    for policy, samples in (("base", base), ("aligned", aligned)):
+        for name, scores in samples.judged.items():
+            reference = samples.judge_reference[name]
+            bad = np.flatnonzero(~(np.isfinite(scores).all(axis=1) & np.isfinite(reference)))
+            if len(bad):
+                raise ValueError(
+                    f"{name}: a judged score or its reference is not finite for the {policy} policy on "
+                    f"prompt {bad[0]}: {str(samples.prompts[bad[0]])[:80]!r}"
+                )

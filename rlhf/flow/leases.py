@@ -1,0 +1,69 @@
+"""A queue whose entries are leased, acknowledged or pushed back, so that a dead consumer loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Lease(Generic[T]):
+    id: int
+    items: tuple[int, ...]
+    payloads: tuple[T, ...]
+
+
+class LeaseQueue(Generic[T]):
+    """Guarantees that an item is accepted once, and leaves only when its lease is acknowledged.
+
+    Bounded by its producers: the ledger admits at most (staleness + 1) batches.
+
+    >>> queue = LeaseQueue()
+    >>> queue.put(7, "a"), queue.put(7, "a")
+    (True, False)
+    >>> lease = queue.lease([7]); lease.payloads, len(queue)
+    (('a',), 0)
+    >>> queue.give_back(lease.id); len(queue)
+    1
+    """
+
+    def __init__(self) -> None:
+        self._ready: dict[int, T] = {}
+        self._leases: dict[int, Lease[T]] = {}
+        self._seen: set[int] = set()
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def put(self, item: int, payload: T) -> bool:
+        """Accepts an item; False when it was accepted before."""
+        if item in self._seen:
+            return False
+        self._seen.add(item)
+        self._ready[item] = payload
+        return True
+
+    def missing(self, items: Sequence[int]) -> list[int]:
+        """Those of `items` that are not ready."""
+        return [i for i in items if i not in self._ready]
+
+    def lease(self, items: Sequence[int]) -> Lease[T]:
+        """Hands out ready items; `missing` tells which are not."""
+        assert not self.missing(items), self.missing(items)
+        lease = Lease(self._next, tuple(items), tuple(self._ready.pop(i) for i in items))
+        self._leases[lease.id] = lease
+        self._next += 1
+        return lease
+
+    def acknowledge(self, lease: int) -> None:
+        """The lease's items are used up."""
+        del self._leases[lease]
+
+    def give_back(self, lease: int) -> None:
+        """The lease's items are ready again."""
+        back = self._leases.pop(lease)
+        self._ready.update(zip(back.items, back.payloads, strict=True))

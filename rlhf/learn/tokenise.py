@@ -1,0 +1,84 @@
+"""Data sets as the learner's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from rlhf.config import Config
+from rlhf.data.chat import ChatFormat
+from rlhf.data.demonstrations import load_demonstrations
+from rlhf.data.microcosm import build_tokenizer
+from rlhf.data.preferences import load_preferences
+from rlhf.data.prepare import RunData
+from rlhf.learn.objectives import PreferencePairs, TokenPairs
+from rlhf.models.load import load_config, load_tokenizer, max_positions
+from rlhf.store import Store, fingerprint, source_fingerprint
+from rlhf.types import Content, Ragged
+
+
+def demonstration_tokens(config: Config, tokenizer: str, source: str) -> TokenPairs:
+    """Prompt and response tokens of a data set of demonstrations, under the policy's tokenizer and template.
+
+    Raises:
+        ValueError: a row is malformed, or longer than the model takes; it names the row.
+    """
+    policy = config.policy
+    limit = max_positions(load_config(policy.init_from, "policy.init_from")) if policy.init_from else None
+    chat = ChatFormat(load_tokenizer(tokenizer, "policy.init_from"), "policy", policy.chat_template)
+    prompts, responses = [], []
+    for example in load_demonstrations(source):
+        prompts.append(chat.prompt_tokens(example.prompt))
+        responses.append(chat.response_tokens(example.prompt, example.response))
+        _check(example.source, len(prompts[-1]) + len(responses[-1]), limit or policy.architecture.max_positions)
+    return TokenPairs(Ragged.of(prompts, np.int32), Ragged.of(responses, np.int32))
+
+
+def preference_tokens(config: Config, name: str, start: str, source: str) -> PreferencePairs:
+    """Conversation tokens of a preference data set, for the reward model `name` that starts from the model `start`.
+
+    Raises:
+        ValueError: as in `demonstration_tokens`.
+    """
+    key = f"reward_models.{name}.init_from"
+    limit = max_positions(load_config(start, key))
+    chat = ChatFormat(load_tokenizer(start, key), f"reward model '{name}'", config.reward_models[name].chat_template)
+    chosen, rejected = [], []
+    for pair in load_preferences(source):
+        chosen.append(chat.conversation_tokens(pair.prompt, pair.chosen))
+        rejected.append(chat.conversation_tokens(pair.prompt, pair.rejected))
+        _check(pair.source, max(len(chosen[-1]), len(rejected[-1])), limit)
+    return PreferencePairs(Ragged.of(chosen, np.int32), Ragged.of(rejected, np.int32))
+
+
+def _check(source: str, tokens: int, limit: int | None) -> None:
+    if limit is not None and tokens > limit:
+        raise ValueError(f"{source}: {tokens} tokens, but the model takes {limit}; shorten the row or leave it out")
+
+
+def tokenizer_folder(config: Config, data: RunData, store: Store) -> Path:
+    """The microcosm's own tokenizer, made of all its texts."""
+    sources = [data.demonstrations, *data.preferences.values()]
+    name = fingerprint([source_fingerprint(s) for s in sources if s], data.prompts_fingerprint())
+    if store.has("tokenizer", name):
+        return store.folder("tokenizer", name)
+    return store.make("tokenizer", name, lambda folder: build_tokenizer(_texts(config, data)).save_pretrained(folder))
+
+
+def _texts(config: Config, data: RunData) -> Iterator[str]:
+    for prompt in [*data.prompts, *data.eval_prompts]:
+        yield from _said(prompt.content)
+    if data.demonstrations is not None:
+        for example in load_demonstrations(data.demonstrations):
+            yield from (*_said(example.prompt), example.response)
+    for source in data.preferences.values():
+        for pair in load_preferences(source) if source else []:
+            yield from (*_said(pair.prompt), pair.chosen, pair.rejected)
+    for model in config.reward_models.values():
+        yield from model.canned
+
+
+def _said(content: Content) -> list[str]:
+    return [content] if isinstance(content, str) else [message["content"] for message in content]

@@ -1,0 +1,142 @@
+"""One rank of a learner: a DeepSpeed engine driven by an objective.
+
+Gradients accumulate over any number of micro-batches, of any size, and one optimiser step ends the batch. DeepSpeed
+averages gradients over ranks, so losses are scaled by the number of ranks to make it a sum. Ranks
+differ in their number of micro-batches at times; those that have fewer add empty ones, because the
+collectives of ZeRO 2 and 3 must be entered by all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf.config import DeepSpeedConfig
+from rlhf.learn.objectives import Metrics, MicroBatch, Objective
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All parameters of a model in one flat buffer, which an object store shares without a copy."""
+
+    names: tuple[str, ...]
+    offsets: np.ndarray  # int64 [parameters + 1]
+    buffer: np.ndarray  # float32 [sum of sizes]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Name to a flat view of the buffer."""
+        spans = zip(self.names, self.offsets, self.offsets[1:], strict=False)
+        return {name: self.buffer[start:end] for name, start, end in spans}
+
+
+def deepspeed_settings(config: DeepSpeedConfig, learning_rate: float, weight_decay: float, clip: float) -> dict:
+    """The DeepSpeed configuration of a learner."""
+    on_cpu = not torch.cuda.is_available()
+    optimizer = {"lr": learning_rate, "weight_decay": weight_decay, "betas": [0.9, 0.95], "torch_adam": on_cpu}
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": clip,
+        "optimizer": {"type": "AdamW", "params": optimizer},
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+class Trainer:
+    """Trains one model. Every rank holds one, and every rank calls the same methods in the same order."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: DeepSpeedConfig,
+        weight_decay: float,
+        max_grad_norm: float,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        import deepspeed
+
+        self.rank, self.world, self.budget, self.stage = rank, world, config.micro_batch_tokens, config.zero_stage
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # the sampler has none, and importance weights compare the two
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        settings = deepspeed_settings(config, 1e-3, weight_decay, max_grad_norm)
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
+        self.objective: Objective | None = None
+
+    def step(self, batch: Any, learning_rate: float) -> Metrics:
+        """One optimiser step on a batch. Metrics are this rank's part of sums over ranks, but for grad_norm."""
+        assert self.objective is not None
+        parts = self.objective.micro_batches(batch, self.rank, self.world, self.budget)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        metrics: Metrics = {}
+        for part in self._even(parts):
+            loss, sums = part.loss(self.engine)
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss is {loss.item()}: lower the learning rate ({learning_rate})")
+            self.engine.backward(loss * self.world)
+            for key, value in sums.items():
+                metrics[key] = metrics.get(key, 0.0) + value
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        metrics["grad_norm"] = float(norm) if norm is not None else float("nan")
+        return metrics
+
+    def _even(self, parts: list[MicroBatch]) -> list[MicroBatch]:
+        """Every rank's list made as long as the longest, by micro-batches that change nothing."""
+        most = len(parts)
+        if self.world > 1:
+            count = torch.tensor([most], device=self.engine.device)
+            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+            most = int(count.item())
+        return parts + [MicroBatch(_nothing, 0)] * (most - len(parts))
+
+    @contextlib.contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Whole parameters on every rank (ZeRO 3 keeps them apart)."""
+        if self.stage < 3:
+            yield
+        else:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(self.engine.module.parameters())):
+                yield
+
+    def weights(self) -> Weights | None:
+        """The current parameters; on the ranks other than 0, None."""
+        with self._gathered():
+            if self.rank != 0:
+                return None
+            named = list(self.engine.module.named_parameters())
+            offsets = np.cumsum([0] + [p.numel() for _, p in named])
+            buffer = np.empty(offsets[-1], np.float32)
+            for (_, parameter), start, end in zip(named, offsets, offsets[1:], strict=False):
+                buffer[start:end] = parameter.detach().float().cpu().numpy().reshape(-1)
+        return Weights(tuple(name for name, _ in named), offsets.astype(np.int64), buffer)
+
+    def save(self, path: Path) -> None:
+        """Writes the model as `from_pretrained` reads it (rank 0 writes)."""
+        with self._gathered():
+            if self.rank == 0:
+                self.engine.module.save_pretrained(path)
+
+
+def _nothing(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().sum() * 0.0, {}

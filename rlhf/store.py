@@ -1,0 +1,97 @@
+"""Where stages keep their outputs, named by a fingerprint of what went in, so that equal work is done once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+WHOLE = 64 << 20  # files up to this many bytes are hashed whole, larger ones by size and time
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short stable hash of JSON-like values and dataclasses.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1})
+    True
+    """
+    text = json.dumps(parts, sort_keys=True, default=_plain)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"no fingerprint for {type(value)}")
+
+
+def source_fingerprint(source: str) -> str:
+    """Of a file or folder its content; of anything else (a hub name) the name."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return fingerprint(source)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        digest.update(str(file.relative_to(path)).encode())
+        stat = file.stat()
+        if stat.st_size <= WHOLE:
+            digest.update(file.read_bytes())
+        else:
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+class Store:
+    """Folders `root/stage/fingerprint`. A folder is there whole or not at all: it is made beside and renamed.
+
+    >>> import tempfile
+    >>> store = Store(Path(tempfile.mkdtemp()))
+    >>> folder = store.make("sft", "0a", lambda folder: (folder / "model").write_text("..."))
+    >>> store.has("sft", "0a"), (folder / "model").read_text()
+    (True, '...')
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, stage: str, name: str) -> Path:
+        return self.root / stage / name
+
+    def has(self, stage: str, name: str) -> bool:
+        return self.folder(stage, name).is_dir()
+
+    def make(self, stage: str, name: str, fill: Callable[[Path], Any]) -> Path:
+        """Makes a folder by `fill(empty folder)`."""
+        final = self.folder(stage, name)
+        beside = final.with_name(f".{name}.{os.getpid()}")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        fill(beside)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(beside, final)
+        return final
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes beside, to the disk, and renames: a reader sees the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def link(path: Path, target: Path) -> None:
+    """Points `path` at `target` by a relative symbolic link, replacing an older one at once."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside.symlink_to(os.path.relpath(target, path.parent))
+    os.replace(beside, path)
