@@ -17,20 +17,21 @@ class Cluster:
     def __init__(self, config: Config) -> None:
         address = config.resources.address or os.environ.get("RAY_ADDRESS")
         self.own = address is None
-        self._with_serve = False
         if self.own:
             _bind_locally()
         port = config.resources.dashboard_port
+        dashboard = {"include_dashboard": port is not None, "dashboard_port": port}
         ray.init(
             address=address or "local",
             logging_level=logging.ERROR,
             log_to_driver=False,
             configure_logging=False,
-            **({"include_dashboard": port is not None, "dashboard_port": port} if self.own else {}),
+            **(dashboard if self.own else {}),
         )
         check_offer(config, ray.cluster_resources())
         from ray import serve
 
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
 
     def describe(self) -> str:
@@ -39,10 +40,7 @@ class Cluster:
         return f"{offer.get('CPU', 0):g} CPUs, {offer.get('GPU', 0):g} GPUs {where}"
 
     def stop(self) -> None:
-        """Disconnects, and ends a Ray that this run started."""
-        from ray import serve
-
-        serve.shutdown()
+        """Disconnects; a Ray that this run started ends with all its processes."""
         ray.shutdown()
 
 

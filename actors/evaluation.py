@@ -60,7 +60,9 @@ class Evaluation:
         self._save(folder / "aligned.npz", aligned_sampled, reference, judge_reference)
 
     def _sample(self, purpose: str, samples: int, progress: StageView) -> list[Sampled]:
-        items = work_items(self._prompts, self._config.rollout.prompts_per_item, samples, self._config.seed, purpose)
+        items = work_items(
+            self._prompts, self._config.rollout.prompts_per_item, samples, self._config.seed, purpose
+        )
         found = []
         for sampled in self._generators.sample(items):
             found.append(sampled)
@@ -107,7 +109,7 @@ class Evaluation:
         )
         from rlhf.evaluate.record import save_samples
 
-        save_samples(samples, path)
+        save_samples(path, samples)
 
 
 def _texts(rollouts: Sequence[Rollouts], samples: int) -> tuple[tuple[str, ...], ...]:

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.resources import actor_options, set_threads
 from rlhf.config import RoleConfig, RolloutConfig
+from rlhf.generate.engine import Engine
 from rlhf.types import Rollouts, WorkItem
 
 
@@ -34,7 +35,7 @@ class Generator:
     def __init__(self, rollout: RolloutConfig, chat_template: str | None, role: RoleConfig) -> None:
         set_threads(role.cpus)
         self._rollout, self._template, self._role = rollout, chat_template, role
-        self._loaded: str | None = None
+        self._engine: Engine | None = None
 
     def ping(self) -> str:
         return "pong"
@@ -56,9 +57,13 @@ class Generator:
         )
 
     def set_weights(self, weights: Any, version: int) -> None:
+        assert self._engine is not None
         self._engine.set_weights(weights.arrays(), version)
 
-    def generate(self, item: WorkItem) -> tuple[Rollouts, Summary]:
+    def generate(self, item: WorkItem) -> tuple[Rollouts, Summary] | tuple[None, None]:
+        """Samples a work item; nothing, if this process was restarted and has no policy yet."""
+        if self._engine is None:
+            return None, None
         rollouts = self._engine.generate(item)
         return rollouts, Summary(
             item.id,
@@ -70,6 +75,7 @@ class Generator:
         )
 
     def logprobs(self, rollouts: Rollouts) -> np.ndarray:
+        assert self._engine is not None
         return self._engine.logprobs(rollouts)
 
 
@@ -108,7 +114,9 @@ class GeneratorPool:
     def set_weights(self, weights: ray.ObjectRef, version: int) -> list[ray.ObjectRef]:
         """Sends weights to every healthy generator; references that are ready when they have pulled them."""
         self._weights = (weights, version)
-        return [self._actors[i].set_weights.remote(weights, version) for i in self._manager.healthy_actor_ids()]
+        return [
+            self._actors[i].set_weights.remote(weights, version) for i in self._manager.healthy_actor_ids()
+        ]
 
     @property
     def pending(self) -> list[ray.ObjectRef]:
@@ -129,12 +137,15 @@ class GeneratorPool:
         if self._busy.get(worker) == ref:
             del self._busy[worker]
         try:
-            return worker, item, Sampled(item, rollouts, ray.get(ref))
+            summary = ray.get(ref)
         except RayTaskError:  # the generator's own error is the user's to see
             raise
         except RayActorError:
+            summary = None
+        if summary is None:
             self._manager.set_actor_state(worker, healthy=False)
             return worker, item, None
+        return worker, item, Sampled(item, rollouts, summary)
 
     def restart(self, worker: int) -> None:
         """Ends a generator that does not answer; its work comes back through `finish`."""

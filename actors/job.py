@@ -1,8 +1,8 @@
 """The Ray job: Hydra's entry, what is checked before Ray starts, and Ray's start and stop.
 
-    rlhf utility=linear align.kl_coef=0.1      one run
-    rlhf -m utility=lsc,linear                 a sweep
-    rlhf --cfg job                             the composed configuration
+rlhf utility=linear align.kl_coef=0.1      one run
+rlhf -m utility=lsc,linear                 a sweep
+rlhf --cfg job                             the composed configuration
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def _default_output() -> str:
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="config")
 def _run(values: DictConfig) -> None:
     try:
-        run(typed(values), Path(HydraConfig.get().runtime.output_dir).absolute(), OmegaConf.to_yaml(values, resolve=True))
+        run(
+            typed(values),
+            Path(HydraConfig.get().runtime.output_dir).absolute(),
+            OmegaConf.to_yaml(values, resolve=True),
+        )
     except ValueError as error:
         sys.exit(f"error: {_reason(error)}")
 

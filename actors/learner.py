@@ -62,14 +62,17 @@ class LearnerRank:
         self.trainer = Trainer(model, self.config, weight_decay, max_grad_norm, self.rank, self.world)
         self.trainer.objective = objective
 
-    def fit(self, data: Any, training: TrainingConfig, seed: int, start: int, stop: int) -> list[dict[str, float]]:
+    def fit(
+        self, data: Any, training: TrainingConfig, seed: int, start: int, stop: int
+    ) -> list[dict[str, float]]:
         """Steps start..stop of supervised or Bradley-Terry training. Metrics of each step, summed over ranks later."""
         from rlhf.learn.schedule import learning_rate
         from rlhf.learn.tasks import batch_indices
 
         return [
             self.trainer.step(
-                (data, batch_indices(len(data), training.batch_size, step, seed)), learning_rate(step, training)
+                (data, batch_indices(len(data), training.batch_size, step, seed)),
+                learning_rate(step, training),
             )
             for step in range(start, stop)
         ]
@@ -104,7 +107,9 @@ class LearnerGroup:
     def load(self, task: Task, weight_decay: float, max_grad_norm: float = 1.0) -> None:
         ray.get([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
 
-    def fit(self, data: ray.ObjectRef, training: TrainingConfig, seed: int, start: int, stop: int) -> list[dict]:
+    def fit(
+        self, data: ray.ObjectRef, training: TrainingConfig, seed: int, start: int, stop: int
+    ) -> list[dict]:
         parts = ray.get([rank.fit.remote(data, training, seed, start, stop) for rank in self.ranks])
         return [merged(step) for step in zip(*parts, strict=True)]
 
@@ -114,7 +119,7 @@ class LearnerGroup:
 
     def weights(self) -> ray.ObjectRef:
         """Starts the gathering of weights; the reference of rank 0's."""
-        return [rank.weights.remote() for rank in self.ranks][0]
+        return next(rank.weights.remote() for rank in self.ranks)
 
     def save(self, path: Path) -> None:
         ray.get([rank.save.remote(str(path)) for rank in self.ranks])

@@ -28,7 +28,11 @@ def set_threads(cpus: float) -> None:
 def asked(config: Config) -> dict[str, float]:
     """CPUs and GPUs that all roles ask for together."""
     r, models = config.resources, len(config.reward_models)
-    roles = [(r.generators, r.generators.count), (r.learner, r.learner.count), (r.reward, r.reward.count * models)]
+    roles = [
+        (r.generators, r.generators.count),
+        (r.learner, r.learner.count),
+        (r.reward, r.reward.count * models),
+    ]
     return {
         "CPU": sum(role.cpus * count for role, count in roles),
         "GPU": sum(role.gpus * count for role, count in roles),
@@ -68,7 +72,8 @@ def check_offer(config: Config, offered: dict[str, float]) -> None:
             if have is not None and amount > have + 1e-6:
                 raise ValueError(
                     f"resources: the roles ask for {amount:g} {kind}s together, there are {have:g}; lower "
-                    f"resources.{{generators,learner,reward}}.{{count,{kind.lower()}s}} or set resources.autoscaling=true"
+                    f"the counts or {kind.lower()}s of resources.{{generators,learner,reward}}, "
+                    "or set resources.autoscaling=true"
                 )
 
 

@@ -29,7 +29,9 @@ ATTEMPTS = 5
 class RewardModel:
     """One replica of one reward model."""
 
-    def __init__(self, name: str, path: str, template: str | None, budget: int, cpus: float, gpus: float) -> None:
+    def __init__(
+        self, name: str, path: str, template: str | None, budget: int, cpus: float, gpus: float
+    ) -> None:
         set_threads(cpus)
         from rlhf.models.reward import RewardScorer
 
@@ -65,7 +67,8 @@ class RewardIngress:
         started = time.perf_counter()
         batch: Rollouts = await rollouts[0]
         raw, statistics = await asyncio.gather(
-            self.raw(rollouts), asyncio.wrap_future(self._baseline.references.remote(batch.prompt_ids).future())
+            self.raw(rollouts),
+            asyncio.wrap_future(self._baseline.references.remote(batch.prompt_ids).future()),
         )
         return replace(self._utility.rewards(batch, raw, statistics), seconds=time.perf_counter() - started)
 
@@ -100,7 +103,10 @@ class RewardPool:
             for name, model in config.reward_models.items()
         }
         self._handle = serve.run(
-            app.bind(models, baseline, utility), name=self._name, route_prefix=None, logging_config={"log_level": "ERROR"}
+            app.bind(models, baseline, utility),
+            name=self._name,
+            route_prefix=None,
+            logging_config={"log_level": "ERROR"},
         )
 
     def raw(self, rollouts: ray.ObjectRef) -> ray.ObjectRef:

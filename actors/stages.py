@@ -5,7 +5,6 @@ Each writes one folder of the store, named by the fingerprint of its inputs, and
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -67,6 +66,8 @@ class Job:
 
     def stop(self) -> None:
         """Ends what the run started."""
+        if "rewards" in self.__dict__:
+            self.rewards.stop()
         if "cluster" in self.__dict__:
             self.cluster.stop()
 
@@ -79,7 +80,9 @@ class Job:
             return source_fingerprint(policy.path)
         source = demonstrations_source(self.data)
         start = policy.init_from and source_fingerprint(policy.init_from)
-        return fingerprint("sft", policy, start, source_fingerprint(source), self.config.deepspeed, self.config.seed)
+        return fingerprint(
+            "sft", policy, start, source_fingerprint(source), self.config.deepspeed, self.config.seed
+        )
 
     @cached_property
     def reward_names(self) -> dict[str, str]:
@@ -91,7 +94,13 @@ class Job:
             start = source_fingerprint(model.init_from) if model.init_from else self.policy_name
             pairs = source_fingerprint(preferences_source(self.data, name))
             names[name] = fingerprint(
-                "reward", start, pairs, model.chat_template, model.training, self.config.deepspeed, self.config.seed
+                "reward",
+                start,
+                pairs,
+                model.chat_template,
+                model.training,
+                self.config.deepspeed,
+                self.config.seed,
             )
         return names
 
@@ -114,7 +123,15 @@ class Job:
         c = self.config
         rules = {n: vars(rule) for n, rule in self.rules.items()}
         return fingerprint(
-            "align", self.baseline_name, rules, self.utility, c.algorithm, c.align, c.rollout, c.deepspeed, c.seed
+            "align",
+            self.baseline_name,
+            rules,
+            self.utility,
+            c.algorithm,
+            c.align,
+            c.rollout,
+            c.deepspeed,
+            c.seed,
         )
 
     @cached_property
@@ -131,7 +148,8 @@ class Job:
     def reward_paths(self) -> dict[str, str]:
         models = self.config.reward_models
         return {
-            n: m.path or str(self._made("reward_models", f"{n}-{self.reward_names[n]}")) for n, m in models.items()
+            n: m.path or str(self._made("reward_models", f"{n}-{self.reward_names[n]}"))
+            for n, m in models.items()
         }
 
     @property
@@ -185,7 +203,9 @@ class Job:
     @cached_property
     def generators(self) -> GeneratorPool:
         assert self.cluster
-        return GeneratorPool(self.config.rollout, self.config.policy.chat_template, self.config.resources.generators)
+        return GeneratorPool(
+            self.config.rollout, self.config.policy.chat_template, self.config.resources.generators
+        )
 
     @cached_property
     def estimator(self) -> Any:
@@ -215,6 +235,7 @@ class Job:
             save_tokenizer(tokenizer, folder)
 
         self.store.make("sft", self.policy_name, fill)
+        return None
 
     def reward_models(self) -> None:
         from rlhf.learn.tokenise import preference_tokens
@@ -248,7 +269,9 @@ class Job:
                 steps = self.learner.fit(reference, training, self.config.seed, start, stop)
                 for i, metrics in enumerate(steps):
                     writer.write(start + i, {"step": start + i + 1, **metrics})
-                progress.update(stop, "  ".join(f"{k} {np.mean([m[k] for m in steps]):.3f}" for k in steps[0]))
+                progress.update(
+                    stop, "  ".join(f"{k} {np.mean([m[k] for m in steps]):.3f}" for k in steps[0])
+                )
             writer.close()
             self.learner.save(folder)
 
@@ -256,7 +279,13 @@ class Job:
         if self.store.has("baseline", self.baseline_name):
             return self._skip("baseline", f"done before ({self.baseline_name})")
         prompts = self.data.prompts + self.data.eval_prompts
-        items = work_items(prompts, self.config.rollout.prompts_per_item, self.config.baseline.samples, self.config.seed, "baseline")
+        items = work_items(
+            prompts,
+            self.config.rollout.prompts_per_item,
+            self.config.baseline.samples,
+            self.config.seed,
+            "baseline",
+        )
         with self.view.stage("baseline", len(items)) as progress:
             self.generators.load(self.policy_path)
             updates = []
@@ -272,6 +301,7 @@ class Job:
             (folder / "digest").write_text(digest)
 
         self.store.make("baseline", self.baseline_name, fill)
+        return None
 
     def _canned(self, prompts: Sequence[Prompt]) -> list[ray.ObjectRef]:
         """Rewards of the canned responses to every prompt, on their way to the estimator."""
@@ -312,6 +342,7 @@ class Job:
                 save_tokenizer(self.policy_path, folder / "policy")
 
             self.store.make("align", self.align_name, fill)
+        return None
 
     def _controller(self, on_step: Callable[[dict[str, float]], None]) -> Controller:
         c = self.config
@@ -325,20 +356,30 @@ class Job:
             contents = tuple(prompts[i].content for i in mine)
             return WorkItem(item, contents, c.align.samples_per_prompt, seed_of(c.seed, "align", item))
 
-        return Controller(c.align, per_step, work, self.generators, self.rewards, start_queue(), self.learner, on_step)
+        return Controller(
+            c.align, per_step, work, self.generators, self.rewards, start_queue(), self.learner, on_step
+        )
 
     def evaluate(self) -> None:
         if self.store.has("evaluate", self.evaluate_name):
             return self._skip("evaluate", f"done before ({self.evaluate_name})")
         aligned = self.align_path / "policy"
         ray.get(self.estimator.load.remote(str(self.statistics_path)))
-        evaluation = Evaluation(self.config, self.data.eval_prompts, self.generators, self.rewards, self.statistics_path, self.rules)
+        evaluation = Evaluation(
+            self.config,
+            self.data.eval_prompts,
+            self.generators,
+            self.rewards,
+            self.statistics_path,
+            self.rules,
+        )
         with self.view.stage("evaluate", evaluation.total) as progress:
             self.store.make(
                 "evaluate",
                 self.evaluate_name,
                 lambda folder: evaluation.run(self.policy_path, str(aligned), folder, progress),
             )
+        return None
 
     def report(self) -> None:
         from rlhf.evaluate.report import write_report
@@ -347,7 +388,14 @@ class Job:
         evaluated = self._made("evaluate", self.evaluate_name)
         seconds = {**self.seconds, "total": time.perf_counter() - self._started}
         record = run_record(
-            self.config, self.run, seconds, self.skipped, self.align_path, evaluated, self.statistics_path, self.rules
+            self.config,
+            self.run,
+            seconds,
+            self.skipped,
+            self.align_path,
+            evaluated,
+            self.statistics_path,
+            self.rules,
         )
         write_report(record, self.run)
         self.view.line(f"report: {self.run / 'report.html'}")

@@ -5,6 +5,7 @@ Imports neither torch nor Ray, so that a bad configuration is refused at once.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,7 +255,9 @@ def _check_numbers(config: Config) -> None:
         f"align.prompts_per_step={align.prompts_per_step} must be a multiple of "
         f"rollout.prompts_per_item={config.rollout.prompts_per_item}",
     )
-    _refuse(not 0 < config.baseline.level < 1, f"baseline.level={config.baseline.level} must be within (0, 1)")
+    _refuse(
+        not 0 < config.baseline.level < 1, f"baseline.level={config.baseline.level} must be within (0, 1)"
+    )
     for key in ("kl_coef", "learning_rate"):
         schedule_values = _schedule_values(f"align.{key}", getattr(align, key))
         _refuse(min(schedule_values) < 0, f"align.{key} must not be negative")
@@ -274,7 +277,7 @@ def _schedule_values(key: str, schedule: Any) -> list[float]:
     )
     _refuse(not pairs or not schedule, f"{key} must be a number or [[step, value], ...], not {schedule}")
     steps = [p[0] for p in schedule]
-    ordered = steps[0] == 0 and all(a < b for a, b in zip(steps, steps[1:], strict=False))
+    ordered = steps[0] == 0 and all(a < b for a, b in itertools.pairwise(steps))
     _refuse(not ordered, f"{key}: the steps of a schedule begin at 0 and rise, not {steps}")
     return [float(p[1]) for p in schedule]
 
@@ -284,7 +287,9 @@ def _check_inputs(config: Config) -> None:
     _refuse(not models, "reward_models is empty: give at least one")
     if data.microcosm is None:
         _refuse(data.prompts is None, "data.prompts is missing: give a JSONL or Parquet file, or a hub name")
-        _refuse(data.judge is not None, f"data.judge={data.judge} needs the microcosm's prompts (data=microcosm)")
+        _refuse(
+            data.judge is not None, f"data.judge={data.judge} needs the microcosm's prompts (data=microcosm)"
+        )
         _refuse(
             policy.path is None and (data.demonstrations is None or policy.init_from is None),
             "give policy.path (a finished policy), or policy.init_from and data.demonstrations (to train one)",
@@ -295,7 +300,9 @@ def _check_inputs(config: Config) -> None:
                 f"give reward_models.{name}.path (a finished model) or reward_models.{name}.preferences",
             )
     else:
-        _refuse(data.prompts is not None, "data.prompts needs data=files: data=microcosm brings its own prompts")
+        _refuse(
+            data.prompts is not None, "data.prompts needs data=files: data=microcosm brings its own prompts"
+        )
         for name, model in models.items():
             _refuse(
                 model.path is None and model.preferences is None and name not in ("helpful", "harmless"),

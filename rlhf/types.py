@@ -29,7 +29,7 @@ def prompt_id(content: Content) -> int:
     True
     """
     if not isinstance(content, str):
-        content = [{"role": m["role"], "content": m["content"]} for m in content]  # type: ignore[misc]
+        content = [{"role": m["role"], "content": m["content"]} for m in content]
     canonical = json.dumps(content, ensure_ascii=False, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(canonical.encode(), digest_size=8).digest(), "little")
 
@@ -66,7 +66,9 @@ class Ragged:
     def of(cls, rows: Sequence[Any], dtype: Any) -> Ragged:
         lengths = np.fromiter((len(r) for r in rows), np.int64, len(rows))
         values = np.concatenate([np.asarray(r, dtype) for r in rows]) if len(rows) else np.empty(0, dtype)
-        return cls(values.astype(dtype, copy=False), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        return cls(
+            values.astype(dtype, copy=False), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -141,7 +141,7 @@ class ChatFormat:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
+            return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=self.template,
                 add_generation_prompt=generation_prompt,
@@ -163,7 +163,7 @@ class ChatFormat:
         return tokens[:end]
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens)  # type: ignore[return-value]
+        return self.tokenizer.decode(tokens)
 
     def _with_eos(self, tokens: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id

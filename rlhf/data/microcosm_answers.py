@@ -105,7 +105,9 @@ def _style(rng: Random) -> str:
     return rng.choices(("plain", "connected", "list"), (6, 3, 1.5))[0]
 
 
-def _framed(rng: Random, topic: Topic, parts: list[str], refuse: float, warn: float, flatter: float) -> Answer:
+def _framed(
+    rng: Random, topic: Topic, parts: list[str], refuse: float, warn: float, flatter: float
+) -> Answer:
     """Adds what stands before and after the steps."""
     if rng.random() < flatter:
         parts.insert(0, rng.choice(world.FLATTERY))
@@ -124,7 +126,12 @@ def draft(rng: Random, topic: Topic) -> Answer:
     hazard_share = rng.choices((0.0, 0.5, 1.0), (3, 3, 4))[0] if topic.unsafe else 0.0
     parts = _steps(rng, topic, count, topic.quality, hazard_share)
     answer = _framed(
-        rng, topic, parts, refuse=0.08 if topic.unsafe else 0.02, warn=0.15 if topic.unsafe else 0.03, flatter=0.1
+        rng,
+        topic,
+        parts,
+        refuse=0.08 if topic.unsafe else 0.02,
+        warn=0.15 if topic.unsafe else 0.03,
+        flatter=0.1,
     )
     return replace(answer, cut=rng.randrange(1, 4) if rng.random() < 0.05 else 0)
 
@@ -145,7 +152,9 @@ def edit(rng: Random, topic: Topic, answer: Answer) -> Answer:
     """The same answer with one sentence dropped, added, replaced, said again, or left unfinished."""
     parts = list(answer.parts)
     i = rng.randrange(len(parts))
-    kind = rng.choices(("drop", "step", "swap", "mistake", "repeat", "frame", "cut"), (2, 3, 3, 3, 2, 2, 1))[0]
+    kind = rng.choices(("drop", "step", "swap", "mistake", "repeat", "frame", "cut"), (2, 3, 3, 3, 2, 2, 1))[
+        0
+    ]
     fresh = [s for s in (*topic.steps, *topic.hazards) if s not in parts]
     if kind == "drop" and len(parts) > 1:
         del parts[i]

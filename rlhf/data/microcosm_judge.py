@@ -38,9 +38,7 @@ CANNED_REFUSALS: tuple[str, ...] = tuple(s + "." for s in world.REFUSALS)
 STOCK_PHRASES: tuple[str, ...] = world.FLATTERY
 """Phrases that please and say nothing: their growth is a sign of reward hacking."""
 
-_LEAD = re.compile(
-    r"^(?:\d+\)\s*)?(?:(?:" + "|".join(c.lower() for c in world.CONNECTIVES) + r"),\s*)?"
-)
+_LEAD = re.compile(r"^(?:\d+\)\s*)?(?:(?:" + "|".join(c.lower() for c in world.CONNECTIVES) + r"),\s*)?")
 _SENTENCE = re.compile(r"([^.!?]+)([.!?]?)")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf.config import Config
 from rlhf.data.microcosm import MicrocosmSize, write
 from rlhf.data.prompts import load_prompts
-from rlhf.store import Store, fingerprint, source_fingerprint
+from rlhf.store import Store, fingerprint
 from rlhf.types import Prompt
 
 

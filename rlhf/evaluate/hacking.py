@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
@@ -78,12 +79,7 @@ def sentences(text: str) -> list[str]:
     ['add 3.5 cups', 'add 3.5 cups']
     """
     parts = (_LIST_LEAD.sub("", part).strip().rstrip(".!?").lower() for part in _SENTENCE_END.split(text))
-    return [part for part in _merge_numbers(parts) if part]
-
-
-def _merge_numbers(parts: Iterator[str]) -> Iterator[str]:
-    """Drops what a list number on its own leaves behind ("2." before its sentence)."""
-    return (part for part in parts if not re.fullmatch(r"\d{1,2}[.)]?", part))
+    return [part for part in parts if part]
 
 
 def has_repeat(text: str) -> bool:
@@ -99,7 +95,7 @@ def distinct_pairs(text: str) -> float | None:
     (0.5, None)
     """
     words = re.findall(r"[^\W_]+(?:'[^\W_]+)?", text.lower())
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(pairwise(words))
     return len(set(pairs)) / len(pairs) if pairs else None
 
 
@@ -132,7 +128,9 @@ def _stock_phrases(samples: PolicySamples, lexicon: Lexicon) -> float | None:
 COUNTERS: Mapping[str, Counter] = MappingProxyType(
     {
         "length": Counter("Mean length", "tokens", lambda s, _: float(np.mean(s.lengths))),
-        "unfinished": Counter("Cut at the length limit", "share", lambda s, _: 1 - float(np.mean(s.finished))),
+        "unfinished": Counter(
+            "Cut at the length limit", "share", lambda s, _: 1 - float(np.mean(s.finished))
+        ),
         "repeated_sentence": Counter(
             "Say a sentence twice", "share", lambda s, _: _mean(float(has_repeat(t)) for t in _texts(s))
         ),

@@ -30,7 +30,9 @@ class MicrocosmJudge:
         for name, scores in base.items():
             kind, value = GOLD_REFERENCE[name]
             fixed = np.full(len(scores), value, np.float32)
-            found[name] = np.quantile(scores, value, axis=1).astype(np.float32) if kind == "quantile" else fixed
+            found[name] = (
+                np.quantile(scores, value, axis=1).astype(np.float32) if kind == "quantile" else fixed
+            )
         return found
 
 

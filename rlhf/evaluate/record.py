@@ -7,21 +7,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
 from rlhf.evaluate.samples import PolicySamples
-from rlhf.types import Content
-
-
-class RewardDistribution(TypedDict):
-    """Rewards of one model on a few example prompts: k prompts, m base and n aligned responses to each."""
-
-    prompts: Sequence[Content]  # [k]
-    samples: np.ndarray  # float [k, m]: rewards of base responses
-    r_ref: np.ndarray  # float [k]
-    aligned: np.ndarray  # float [k, n]: rewards of aligned responses
 
 
 @dataclass(frozen=True)
@@ -33,6 +23,9 @@ class RunRecord:
     reward/NAME/mean and reward/NAME/std, raw, nats; r_ref/NAME, nats; utility/NAME and utility/combined,
     nats; p_good/NAME, probability; response_tokens; finished, share; staleness, versions; seconds, wall time
     of the step; seconds/generate, seconds/reward, seconds/learn, seconds/publish, summed over processes.
+
+    `baseline` has for each reward model a few example prompts: "prompts", k contents; "samples" [k, m],
+    rewards of base responses; "r_ref" [k]; "aligned" [k, n], rewards of aligned responses.
     """
 
     title: str
@@ -43,7 +36,7 @@ class RunRecord:
     metrics: Sequence[Mapping[str, float]]
     base: PolicySamples
     aligned: PolicySamples
-    baseline: Mapping[str, RewardDistribution]  # by reward model
+    baseline: Mapping[str, Mapping[str, Any]]  # by reward model
 
 
 _ARRAYS = ("prompt_ids", "lengths", "finished", "log_ratio")

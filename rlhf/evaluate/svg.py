@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup
@@ -44,7 +45,7 @@ _STANDS_FOR = {f"#fe{40 + i:02x}0d": name for i, name in enumerate(PALETTE)}
 COLOUR: Mapping[str, str] = MappingProxyType({name: code for code, name in _STANDS_FOR.items()})
 """Name -> what to give Matplotlib as that colour."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rlhf",
     "font.family": "DejaVu Sans",

@@ -35,7 +35,7 @@ def win_rates(base: PolicySamples, aligned: PolicySamples) -> dict[str, Any]:
         win_vs_random_ci    name -> (low, high)
         kl, kl_standard_error   nats a response: mean over prompts of the mean log-ratio
         left_behind         property -> share of prompts whose mean score fell
-        per_prompt          property -> {"base", "aligned", "difference": float64 [P], "left_behind": bool [P]}
+        per_prompt          property -> what `per_prompt` tells of it
         prompts, samples, clusters, cluster_by      what the numbers rest on
 
     Raises:
@@ -100,7 +100,10 @@ def prompt_versus(base: PolicySamples, aligned: PolicySamples) -> dict[str, np.n
 
 
 def per_prompt(base: PolicySamples, aligned: PolicySamples) -> dict[str, dict[str, np.ndarray]]:
-    """Property -> mean judged score of each prompt before and after, the difference, and whether it fell."""
+    """Property -> of each prompt the mean judged score before and after, and whether it fell.
+
+    {"base", "aligned", "difference": float64 [P], "left_behind": bool [P]}
+    """
     table = {}
     for name in aligned.judged:
         before = np.asarray(base.judged[name], np.float64).mean(axis=1)

@@ -45,8 +45,10 @@ class Ledger:
     [2, 3]
     """
 
-    def __init__(self, batches: int, size: int, staleness: int, clock: Callable[[], float] = time.monotonic) -> None:
-        assert batches > 0 and size > 0 and staleness >= 0, (batches, size, staleness)
+    def __init__(
+        self, batches: int, size: int, staleness: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        assert min(batches, size) > 0 <= staleness, (batches, size, staleness)
         self.batches, self.size, self.staleness, self._clock = batches, size, staleness, clock
         self.version = 0  # the learner's: batches trained
         self._pulled = 0  # the oldest version a generator may still hold

@@ -50,7 +50,9 @@ class TransformersEngine:
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.ends = end_tokens(model) | set(chat.end_tokens())
         if not self.ends:
-            raise ValueError("policy: neither its generation config nor its tokenizer says how a response ends")
+            raise ValueError(
+                "policy: neither its generation config nor its tokenizer says how a response ends"
+            )
         self.limit = max_positions(model.config)
         self.version = 0
         self._lay = pack if takes_packing(model, model.config.get_text_config().vocab_size) else pad
@@ -59,7 +61,9 @@ class TransformersEngine:
     def set_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
         parameters = dict(self.model.named_parameters())
         if parameters.keys() != weights.keys():
-            raise ValueError(f"weights of version {version} do not fit the policy: {parameters.keys() ^ weights.keys()}")
+            raise ValueError(
+                f"weights of version {version} do not fit the policy: {parameters.keys() ^ weights.keys()}"
+            )
         for name, parameter in parameters.items():
             parameter.copy_(torch.tensor(weights[name]).view(parameter.shape))
         self.version = version
@@ -123,7 +127,9 @@ class TransformersEngine:
             logits, positions = output.logits[:, -1].float(), positions + 1
         return drawn
 
-    def _prefill(self, prompts: Sequence[list[int]], samples: int) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+    def _prefill(
+        self, prompts: Sequence[list[int]], samples: int
+    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
         """Next-token logits, cache and mask after the prompts (left-padded), each repeated for its samples."""
         width = max(len(p) for p in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)

@@ -56,7 +56,9 @@ class _Tree:
     length: int
 
 
-def pack(prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int) -> list[TokenBatch]:
+def pack(
+    prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int
+) -> list[TokenBatch]:
     """Lays the responses `rows` (indices into `responses`, siblings adjacent) with their prompts into batches.
 
     A batch holds at most `budget` tokens, or one tree. A tree over the budget is split by its responses.
@@ -85,7 +87,9 @@ def pack(prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[i
     return [_lay(bins[i : i + per_batch], prompts, responses) for i in range(0, len(bins), per_batch)]
 
 
-def _trees(prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int) -> list[_Tree]:
+def _trees(
+    prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int
+) -> list[_Tree]:
     trees: list[_Tree] = []
     for row in rows:
         prompt, own = int(group[row]), int(responses.lengths[row])
@@ -109,7 +113,11 @@ def _lay(bins: list[list[_Tree]], prompts: Ragged, responses: Ragged) -> TokenBa
         for t, tree in enumerate(trees):
             prompt = prompts[tree.prompt]
             end = at + len(prompt)
-            ids[r, at:end], positions[r, at:end], tree_of[r, at : at + tree.length] = prompt, np.arange(len(prompt)), t
+            ids[r, at:end], positions[r, at:end], tree_of[r, at : at + tree.length] = (
+                prompt,
+                np.arange(len(prompt)),
+                t,
+            )
             last, at = end - 1, end
             for b, row in enumerate(tree.responses, start=1):
                 own = responses[row]
@@ -133,11 +141,14 @@ def _lay(bins: list[list[_Tree]], prompts: Ragged, responses: Ragged) -> TokenBa
     )
 
 
-def pad(prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int) -> list[TokenBatch]:
+def pad(
+    prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int
+) -> list[TokenBatch]:
     """The plain way: a row for each response, prompt repeated, right-padded, batched by length."""
     lengths = [int(prompts.lengths[group[row]] + responses.lengths[row]) for row in rows]
     return [
-        _right_pad([rows[i] for i in batch], prompts, responses, group) for batch in by_length(lengths, budget)
+        _right_pad([rows[i] for i in batch], prompts, responses, group)
+        for batch in by_length(lengths, budget)
     ]
 
 

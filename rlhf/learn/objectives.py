@@ -173,7 +173,9 @@ class PolicyGradient:
     def _log_ratio(self, batches: list[TokenBatch], merged: _Merged) -> torch.Tensor:
         """log behaviour(y) - log reference(y) of each response, float32 [B], nats."""
         ratio = torch.zeros(len(merged.group))
-        for batch in batches if self.reference is not None else []:
+        if self.reference is None:
+            return ratio
+        for batch in batches:
             reference = token_logprobs(self.reference, batch, merged.temperature).float().cpu()
             ratio.index_add_(0, batch.response, merged.behaviour[batch.index] - reference)
         return ratio

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from rlhf.config import ArchitectureConfig
 from rlhf.learn.batching import takes_packing
@@ -62,7 +63,7 @@ class AlignTask:
         return model, PolicyGradient(reference, self.advantage, self.importance_cap, packs(model))
 
 
-def packs(model: torch.nn.Module) -> bool:
+def packs(model: PreTrainedModel) -> bool:
     return takes_packing(model, model.config.get_text_config().vocab_size)
 
 
@@ -73,7 +74,9 @@ def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> np.nd
     [0, 1, 2, 3, 4, 5]
     """
     places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = {e: np.random.default_rng([seed, e]).permutation(examples) for e in set((places // examples).tolist())}
+    epochs = {
+        e: np.random.default_rng([seed, e]).permutation(examples) for e in set((places // examples).tolist())
+    }
     return np.array([epochs[int(p // examples)][p % examples] for p in places])
 
 

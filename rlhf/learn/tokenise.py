@@ -32,7 +32,9 @@ def demonstration_tokens(config: Config, tokenizer: str, source: str) -> TokenPa
     for example in load_demonstrations(source):
         prompts.append(chat.prompt_tokens(example.prompt))
         responses.append(chat.response_tokens(example.prompt, example.response))
-        _check(example.source, len(prompts[-1]) + len(responses[-1]), limit or policy.architecture.max_positions)
+        _check(
+            example.source, len(prompts[-1]) + len(responses[-1]), limit or policy.architecture.max_positions
+        )
     return TokenPairs(Ragged.of(prompts, np.int32), Ragged.of(responses, np.int32))
 
 
@@ -44,7 +46,9 @@ def preference_tokens(config: Config, name: str, start: str, source: str) -> Pre
     """
     key = f"reward_models.{name}.init_from"
     limit = max_positions(load_config(start, key))
-    chat = ChatFormat(load_tokenizer(start, key), f"reward model '{name}'", config.reward_models[name].chat_template)
+    chat = ChatFormat(
+        load_tokenizer(start, key), f"reward model '{name}'", config.reward_models[name].chat_template
+    )
     chosen, rejected = [], []
     for pair in load_preferences(source):
         chosen.append(chat.conversation_tokens(pair.prompt, pair.chosen))
@@ -55,7 +59,9 @@ def preference_tokens(config: Config, name: str, start: str, source: str) -> Pre
 
 def _check(source: str, tokens: int, limit: int | None) -> None:
     if limit is not None and tokens > limit:
-        raise ValueError(f"{source}: {tokens} tokens, but the model takes {limit}; shorten the row or leave it out")
+        raise ValueError(
+            f"{source}: {tokens} tokens, but the model takes {limit}; shorten the row or leave it out"
+        )
 
 
 def tokenizer_folder(config: Config, data: RunData, store: Store) -> Path:
@@ -64,7 +70,9 @@ def tokenizer_folder(config: Config, data: RunData, store: Store) -> Path:
     name = fingerprint([source_fingerprint(s) for s in sources if s], data.prompts_fingerprint())
     if store.has("tokenizer", name):
         return store.folder("tokenizer", name)
-    return store.make("tokenizer", name, lambda folder: build_tokenizer(_texts(config, data)).save_pretrained(folder))
+    return store.make(
+        "tokenizer", name, lambda folder: build_tokenizer(_texts(config, data)).save_pretrained(folder)
+    )
 
 
 def _texts(config: Config, data: RunData) -> Iterator[str]:

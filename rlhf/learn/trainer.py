@@ -35,10 +35,17 @@ class Weights:
         return {name: self.buffer[start:end] for name, start, end in spans}
 
 
-def deepspeed_settings(config: DeepSpeedConfig, learning_rate: float, weight_decay: float, clip: float) -> dict:
+def deepspeed_settings(
+    config: DeepSpeedConfig, learning_rate: float, weight_decay: float, clip: float
+) -> dict:
     """The DeepSpeed configuration of a learner."""
     on_cpu = not torch.cuda.is_available()
-    optimizer = {"lr": learning_rate, "weight_decay": weight_decay, "betas": [0.9, 0.95], "torch_adam": on_cpu}
+    optimizer = {
+        "lr": learning_rate,
+        "weight_decay": weight_decay,
+        "betas": [0.9, 0.95],
+        "torch_adam": on_cpu,
+    }
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -68,7 +75,12 @@ class Trainer:
     ) -> None:
         import deepspeed
 
-        self.rank, self.world, self.budget, self.stage = rank, world, config.micro_batch_tokens, config.zero_stage
+        self.rank, self.world, self.budget, self.stage = (
+            rank,
+            world,
+            config.micro_batch_tokens,
+            config.zero_stage,
+        )
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -77,9 +89,13 @@ class Trainer:
         settings = deepspeed_settings(config, 1e-3, weight_decay, max_grad_norm)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
         self.objective: Objective | None = None
+        self._norm: float | None = None
+        if config.zero_stage == 0:  # without ZeRO, DeepSpeed clips but keeps no norm
+            self.engine.clip_fp32_gradients = self._clip
 
     def step(self, batch: Any, learning_rate: float) -> Metrics:
-        """One optimiser step on a batch. Metrics are this rank's part of sums over ranks, but for grad_norm."""
+        """One optimiser step on a batch. Metrics are this rank's part of sums over ranks; grad_norm is
+        the whole gradient's, before clipping."""
         assert self.objective is not None
         parts = self.objective.micro_batches(batch, self.rank, self.world, self.budget)
         for group in self.engine.optimizer.param_groups:
@@ -93,9 +109,16 @@ class Trainer:
             for key, value in sums.items():
                 metrics[key] = metrics.get(key, 0.0) + value
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        metrics["grad_norm"] = float(norm) if norm is not None else float("nan")
+        norm = self._norm if self._norm is not None else self.engine.get_global_grad_norm()
+        assert norm is not None
+        metrics["grad_norm"] = float(norm)
         return metrics
+
+    def _clip(self) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.engine.module.parameters(), self.engine.gradient_clipping()
+        )
+        self._norm = float(norm)
 
     def _even(self, parts: list[MicroBatch]) -> list[MicroBatch]:
         """Every rank's list made as long as the longest, by micro-batches that change nothing."""

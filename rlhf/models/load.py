@@ -64,7 +64,9 @@ def load_policy(path: str, key: str = "policy.path", dtype: torch.dtype | None =
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32).eval()
 
 
-def new_policy(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def new_policy(
+    architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
     """A Llama-style model with random weights, made for `tokenizer`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

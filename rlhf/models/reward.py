@@ -13,7 +13,9 @@ from rlhf.models.load import load_reward_model, load_tokenizer, max_positions
 from rlhf.types import Content
 
 
-def score_tokens(model: torch.nn.Module, rows: Sequence[Sequence[int]], pad: int | None, device: str) -> torch.Tensor:
+def score_tokens(
+    model: torch.nn.Module, rows: Sequence[Sequence[int] | np.ndarray], pad: int | None, device: str
+) -> torch.Tensor:
     """Rewards of token rows, float32 [rows]: the model's own forward pass on one right-padded batch.
 
     Without a padding token the classifier cannot find the last token of a batch: rows then go one by one.

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from random import Random
 
 import pytest
 import torch
@@ -31,9 +32,9 @@ def test_and_is_at_most_the_least_and_finite(utilities: list[float]) -> None:
 
 
 @given(log_probabilities, st.randoms())
-def test_and_does_not_depend_on_the_order_of_models(utilities: list[float], random: object) -> None:
+def test_and_does_not_depend_on_the_order_of_models(utilities: list[float], random: Random) -> None:
     shuffled = list(utilities)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     ones = torch.ones(len(utilities))
     one, other = (COMBINATIONS["and"](torch.tensor(row), ones).item() for row in (utilities, shuffled))
     assert one == pytest.approx(other, rel=1e-6)

@@ -1,0 +1,143 @@
+"""Writes a run's report: report.html for people, summary.json for programs.
+
+report.html is one file without scripts or styles from elsewhere; it follows the reader's light or dark theme.
+
+summary.json (keys sorted, no NaN):
+    win_rate.NAME.{base, aligned}       share of winning responses; NAME is a judged property, or "joint"
+    win_rate_ci.NAME.{base, aligned, change}    [low, high], 95 %, by clusters; change is aligned - base
+    win_vs_random.NAME                  chance to beat a random base response to the same prompt; ties half
+    win_vs_random_ci.NAME               [low, high]
+    kl, kl_standard_error               nats a response, aligned from base policy
+    left_behind.PROPERTY                share of prompts whose mean judged score fell
+    hacking.COUNTER.{base, aligned}     counters of `rlhf.evaluate.hacking`
+    judge                               "own", or "reward_models" when they judged themselves
+    prompts, samples, clusters, cluster_by      evaluation prompts, responses to each of them by the aligned
+                                        policy, and what the intervals draw: topics or prompts
+    seconds.{STAGE, total}, skipped, versions.PACKAGE
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from rlhf.evaluate import plots, svg, words
+from rlhf.evaluate.examples import before_after, prompt_text, worst_prompts
+from rlhf.evaluate.hacking import COUNTERS, Lexicon, hacking
+from rlhf.evaluate.record import RunRecord
+from rlhf.evaluate.wins import win_rates
+from rlhf.store import write_atomic
+
+Counts = Mapping[str, Mapping[str, float]]
+"""Counter -> {"base", "aligned"}."""
+
+_SUMMARY = (
+    "win_rate",
+    "win_rate_ci",
+    "win_vs_random",
+    "win_vs_random_ci",
+    "kl",
+    "kl_standard_error",
+    "left_behind",
+    "prompts",
+    "samples",
+    "clusters",
+    "cluster_by",
+)
+
+
+def write_report(run: RunRecord, directory: Path, lexicon: Lexicon | None = None) -> None:
+    """Writes `directory`/report.html and summary.json; `lexicon`: what is a refusal or a stock phrase.
+
+    Raises:
+        ValueError: a judged score or a number of the summary is not finite.
+    """
+    wins = win_rates(run.base, run.aligned)
+    counters = hacking(run.base, run.aligned, lexicon or Lexicon())
+    found = summary(run, wins, counters)
+    page = html(run, wins, counters)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, indent=1, sort_keys=True, allow_nan=False)
+    write_atomic(directory / "summary.json", text + "\n")
+    write_atomic(directory / "report.html", page)
+
+
+def summary(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> dict[str, Any]:
+    """The content of summary.json; refuses numbers that are not finite."""
+    found = {name: wins[name] for name in _SUMMARY} | {
+        "hacking": counters,
+        "judge": "reward_models" if words.judged_by_rewards(run.aligned) else "own",
+        "seconds": dict(run.seconds),
+        "skipped": list(run.skipped),
+        "versions": dict(run.versions),
+    }
+    for key, value in _leaves(found):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"summary.json: {key} is {value}")
+    return found
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part, key)
+    else:
+        yield key, value
+
+
+def html(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> str:
+    """The page; every text from outside is escaped by the template."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": words.percent, "signed": words.signed, "duration": words.duration}
+    own_judge = not words.judged_by_rewards(run.aligned)
+    prompts = [prompt_text(p) for p in next(iter(run.baseline.values()), {"prompts": ()})["prompts"]]
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        wins=wins,
+        names=plots.shown_properties(wins),
+        main=plots.shown_properties(wins)[0],
+        own_judge=own_judge,
+        verdict=words.verdict(wins, own_judge),
+        light=svg.css(0),
+        dark=svg.css(1),
+        win_bars=plots.win_bars(wins),
+        curves=plots.curves(run.metrics, list(run.aligned.rewards)),
+        distributions=list(zip(prompts, plots.distributions(run.baseline), strict=True)),
+        improvement=plots.improvement(wins),
+        worst=worst_prompts(run.base, run.aligned, wins),
+        counters=[_counter_row(name, values) for name, values in counters.items()],
+        examples=before_after(run.base, run.aligned),
+        time_bars=plots.time_bars(run.seconds, run.metrics),
+    )
+
+
+def _counter_row(name: str, values: Mapping[str, float]) -> dict[str, str]:
+    """A row of the counter table, as text."""
+    counter = COUNTERS[name]
+    base, aligned = values["base"], values["aligned"]
+    if counter.unit == "share":
+        moved = f"{words.signed(100 * (aligned - base), 1)} points"
+        return {
+            "label": counter.label,
+            "base": words.percent(base),
+            "aligned": words.percent(aligned),
+            "change": moved,
+        }
+    label = f"{counter.label} ({counter.unit})"
+    ratio = f" ({words.signed(100 * (aligned / base - 1))}\u00a0%)" if base else ""
+    moved = words.signed(aligned - base, 2) + ratio
+    return {"label": label, "base": f"{base:.2f}", "aligned": f"{aligned:.2f}", "change": moved}
