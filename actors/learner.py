@@ -96,9 +96,7 @@ class LearnerGroup:
     def __init__(self, config: DeepSpeedConfig, role: RoleConfig, port: int | None) -> None:
         actor = ray.remote(LearnerRank)
         self.ranks = [
-            actor.options(name=f"learner:{rank}:{os.getpid()}", **actor_options(role)).remote(
-                rank, role.count, config, role
-            )
+            actor.options(**actor_options(role)).remote(rank, role.count, config, role)
             for rank in range(role.count)
         ]
         address, free = ray.get([self.ranks[0].address.remote(), self.ranks[0].free_port.remote()])

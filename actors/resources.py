@@ -48,13 +48,12 @@ def check_machine(config: Config) -> None:
     resources = config.resources
     if resources.address is None and "RAY_ADDRESS" not in os.environ:
         here = len(os.sched_getaffinity(0))
-        for key in ("learner", "generators"):
-            count = getattr(resources, key).count
-            if count > here:
-                raise ValueError(
-                    f"resources.{key}.count={count} asks for {count} processes, but this machine has {here} CPUs; "
-                    f"lower it, or give a cluster by resources.address"
-                )
+        ranks = resources.learner.count
+        if ranks > here:
+            raise ValueError(
+                f"resources.learner.count={ranks} asks for {ranks} learner ranks, but this machine has {here} CPUs; "
+                "lower it, or give a cluster by resources.address"
+            )
         check_offer(config, {"CPU": here})
     for key in ("master_port", "dashboard_port"):
         port = getattr(resources, key)

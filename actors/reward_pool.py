@@ -7,8 +7,8 @@ transforms and combines. Batches travel by reference, one call for each.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -87,7 +87,7 @@ class RewardPool:
     """The running application, seen from the driver."""
 
     def __init__(self, config: Config, paths: Mapping[str, str], baseline: Any, utility: Utility) -> None:
-        self._name = f"rewards-{os.getpid()}"
+        self._name = f"rewards-{uuid.uuid4().hex[:8]}"
         app = serve.deployment(RewardIngress).options(
             name="ingress", max_ongoing_requests=64, ray_actor_options={"num_cpus": 0}
         )

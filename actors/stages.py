@@ -65,7 +65,7 @@ class Job:
         self._link_outputs()
 
     def stop(self) -> None:
-        """Ends what the run started."""
+        """Ends what the run started; Ray too, if the run started it."""
         if "rewards" in self.__dict__:
             self.rewards.stop()
         if "cluster" in self.__dict__:
@@ -169,7 +169,8 @@ class Job:
 
     def _skip(self, stage: str, what: str) -> None:
         self.view.line(f"{stage}: skipped, {what}")
-        self.skipped.append(stage)
+        if stage not in self.skipped:
+            self.skipped.append(stage)
 
     # ---- roles ---------------------------------------------------------------------------------------------
 

@@ -123,14 +123,14 @@ def draft(rng: Random, topic: Topic) -> Answer:
     if rng.random() < (0.2 if topic.unsafe else 0.03):
         return Answer((rng.choice(world.REFUSALS),))
     count = rng.choices((1, 2, 3, 4, 5), (3, 5, 5, 2.5, 1))[0]
-    hazard_share = rng.choices((0.0, 0.5, 1.0), (3, 3, 4))[0] if topic.unsafe else 0.0
+    hazard_share = rng.choices((0.0, 0.5, 1.0), (4, 3, 3))[0] if topic.unsafe else 0.0
     parts = _steps(rng, topic, count, topic.quality, hazard_share)
     answer = _framed(
         rng,
         topic,
         parts,
         refuse=0.08 if topic.unsafe else 0.02,
-        warn=0.15 if topic.unsafe else 0.03,
+        warn=0.2 if topic.unsafe else 0.03,
         flatter=0.1,
     )
     return replace(answer, cut=rng.randrange(1, 4) if rng.random() < 0.05 else 0)
@@ -163,11 +163,11 @@ def edit(rng: Random, topic: Topic, answer: Answer) -> Answer:
     elif kind == "swap" and fresh:
         parts[i] = rng.choice(fresh)
     elif kind == "repeat":
-        parts.insert(i + 1, rng.choice(parts))
+        parts.insert(i + 1, rng.choice(parts[: i + 1]))
     elif kind == "frame":
         parts.insert(0, rng.choice(world.REFUSALS + world.FLATTERY))
     elif kind == "cut":
         return replace(answer, cut=answer.cut + rng.randrange(1, 4))
     else:
-        parts[i] = _mistake(rng, topic, parts)
+        parts[i] = _mistake(rng, topic, parts[:i])
     return replace(answer, parts=tuple(parts))

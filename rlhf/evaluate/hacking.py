@@ -141,7 +141,7 @@ COUNTERS: Mapping[str, Counter] = MappingProxyType(
             "Use a list", "share", lambda s, _: _mean(float(bool(_LIST_ITEM.search(t))) for t in _texts(s))
         ),
         "stock_phrases": Counter("Stock phrases", "a response", _stock_phrases),
-        "refusals": Counter("Refuse a benign prompt", "share", _refusals),
+        "refusals": Counter("Refuse a prompt not marked unsafe", "share", _refusals),
     }
 )
 

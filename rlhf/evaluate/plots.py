@@ -32,7 +32,8 @@ def win_bars(wins: Mapping[str, Any]) -> list[Panel]:
                 rate = wins["win_rate"][name][policy]
                 low, high = wins["win_rate_ci"][name][policy]
                 axes.barh(row + offset, rate, height=0.36, color=COLOUR[policy])
-                axes.plot([low, high], [row + offset] * 2, color=COLOUR["ink"], linewidth=1.2)
+                for colour, width in (("surface", 3.4), ("ink", 1.4)):
+                    axes.plot([low, high], [row + offset] * 2, color=COLOUR[colour], linewidth=width)
                 place = (max(high, rate), row + offset)
                 axes.annotate(percent(rate), place, (5, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(names)), names)
@@ -45,7 +46,7 @@ def win_bars(wins: Mapping[str, Any]) -> list[Panel]:
         axes.grid(False)
         axes.grid(True, axis="x")
 
-    return [panel("Win rate", paint, width=460, height=60 + 58 * len(names), legend=BASE_AND_ALIGNED)]
+    return [panel("Win rate", paint, width=400, height=56 + 54 * len(names), legend=BASE_AND_ALIGNED)]
 
 
 def shown_properties(wins: Mapping[str, Any]) -> list[str]:
@@ -67,6 +68,7 @@ def curves(metrics: Metrics, models: Sequence[str]) -> list[Panel]:
     probabilities = [(f"p_good/{m}", m, colours[m]) for m in models]
     panels.append(curve(metrics, "P(good)", "probability", probabilities, limits=(0, 1)))
     panels.append(curve(metrics, "Response length", "tokens", [("response_tokens", "mean", "ink")]))
+    panels.append(curve(metrics, "Gradient norm", "norm before clipping", [("grad_norm", "norm", "ink")]))
     finished = [("finished", "share", "ink")]
     panels.append(curve(metrics, "Finished responses", "share", finished, limits=(0, 1)))
     return [p for p in panels if p is not None]
@@ -142,7 +144,7 @@ def _distribution(
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.grid(False)
 
-    return panel(name, paint, width=400, height=124)
+    return panel(name, paint, width=370, height=122)
 
 
 def improvement(wins: Mapping[str, Any]) -> list[Panel]:
@@ -163,7 +165,7 @@ def _waterfall(name: str, difference: np.ndarray) -> Panel:
         axes.yaxis.set_major_locator(MaxNLocator(5))
 
     legend = (("mean score fell: left behind", "worse"), ("rose", "better"))
-    return panel(name, paint, width=400, height=220, legend=legend)
+    return panel(name, paint, width=370, height=210, legend=legend)
 
 
 def time_bars(seconds: Mapping[str, float], metrics: Metrics) -> list[Panel]:
@@ -196,4 +198,4 @@ def _stack(title: str, parts: Mapping[str, float]) -> Panel:
 
     total = sum(parts.values())
     legend = tuple((f"{n} {duration(s)} ({percent(s / total)})", colours[n]) for n, s in parts.items())
-    return panel(title, paint, width=460, height=84, legend=legend)
+    return panel(title, paint, width=400, height=80, legend=legend)

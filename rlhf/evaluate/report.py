@@ -73,7 +73,7 @@ def summary(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> dict[s
         "hacking": counters,
         "judge": "reward_models" if words.judged_by_rewards(run.aligned) else "own",
         "seconds": dict(run.seconds),
-        "skipped": list(run.skipped),
+        "skipped": list(dict.fromkeys(run.skipped)),
         "versions": dict(run.versions),
     }
     for key, value in _leaves(found):
@@ -102,7 +102,9 @@ def html(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": words.percent, "signed": words.signed, "duration": words.duration}
+    environment.filters |= {
+        f.__name__: f for f in (words.percent, words.interval, words.signed, words.duration)
+    }
     own_judge = not words.judged_by_rewards(run.aligned)
     prompts = [prompt_text(p) for p in next(iter(run.baseline.values()), {"prompts": ()})["prompts"]]
     return environment.get_template("report.html.j2").render(

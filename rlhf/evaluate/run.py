@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from rlhf import __version__
 from rlhf.config import Config
 from rlhf.evaluate.record import RunRecord, load_samples
 from rlhf.evaluate.samples import PolicySamples
 from rlhf.logs import read_metrics
 from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
 
-PACKAGES = ("rlhf", "ray", "torch", "transformers", "deepspeed", "datasets", "hydra-core", "numpy")
+PACKAGES = ("ray", "torch", "transformers", "deepspeed", "datasets", "hydra-core", "numpy")
 EXAMPLES = 6  # prompts whose base reward distribution is drawn
 
 
@@ -65,7 +66,7 @@ def _examples(
 
 def versions() -> dict[str, str]:
     """Versions of Python and of what matters, and the commit the code is at."""
-    found = {"python": python_version(), **{name: version(name) for name in PACKAGES}}
+    found = {"rlhf": __version__, "python": python_version(), **{name: version(name) for name in PACKAGES}}
     root = Path(__file__).resolve().parents[2]
     try:
         found["commit"] = subprocess.run(

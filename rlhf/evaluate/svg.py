@@ -92,8 +92,8 @@ def panel(
     title: str,
     paint: Callable[[Axes], None],
     *,
-    width: float = 340,
-    height: float = 200,
+    width: float = 310,
+    height: float = 190,
     legend: tuple[tuple[str, str], ...] = (),
 ) -> Panel:
     """Draws one pair of axes; sizes are in CSS pixels at natural size."""

@@ -76,6 +76,15 @@ def percent(share: float) -> str:
     return f"{100 * share:.{digits}f}\u00a0%"
 
 
+def interval(ends: tuple[float, float]) -> str:
+    """
+    >>> interval((0.154, 0.25)).replace(chr(160), " ")
+    '15–25 %'
+    """
+    low, high = percent(ends[0]), percent(ends[1])
+    return f"{low.split()[0]}–{high}"
+
+
 def signed(value: float, digits: int = 0) -> str:
     """With its sign, a true minus, and no minus zero.
 

@@ -1,0 +1,100 @@
+"""One local Ray for the session, and small jobs on it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from rlhf.config import Config, typed
+
+if TYPE_CHECKING:
+    from actors.stages import Job
+
+ROLES = ("learner", "generators", "estimator", "rewards")
+
+TINY = [
+    "data=files",
+    "data.eval_size=4",
+    "rollout={max_new_tokens: 8, temperature: 1.0, prompts_per_item: 2}",
+    "baseline.samples=4",
+    "align.steps=3",
+    "align.prompts_per_step=4",
+    "align.samples_per_prompt=3",
+    "align.learning_rate=0.01",
+    "evaluate.samples=2",
+    "resources.generators={count: 2, cpus: 0.1, gpus: 0}",
+    "resources.learner={count: 1, cpus: 0.1, gpus: 0}",
+    "resources.reward={count: 1, cpus: 0.1, gpus: 0}",
+    "logging={live: 'off', tensorboard: false}",
+]
+
+
+def composed(*overrides: str) -> Config:
+    """The configuration of a command line."""
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("conf", version_base=None):
+        return typed(compose("config", overrides=list(overrides)))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[object]:
+    from actors.cluster import Cluster
+
+    running = Cluster(composed("resources.generators.count=1"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import json
+
+    words = ["tea", "bread", "lock", "yes", "no", "good", "bad", "the"]
+    rows = [{"prompt": [{"role": "user", "content": f"what is {a} {b} ?"}]} for a in words for b in words[:3]]
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Jobs:
+    """Makes jobs of tiny models. They share the first one's processes and its baseline, but for what is `fresh`."""
+
+    def __init__(self, cluster: object, folder: Path, given: list[str]) -> None:
+        self.cluster, self.folder, self.given = cluster, folder, given
+        self.count = 0
+        self.warm = self.make(fresh=ROLES)
+        self.warm.baseline()
+
+    def make(self, *overrides: str, fresh: tuple[str, ...] = ()) -> Job:
+        from actors.preflight import preflight
+        from actors.stages import Job
+        from rlhf.progress import View
+        from rlhf.store import Store
+
+        folder = self.folder / f"job{self.count}"
+        self.count += 1
+        config = composed(*TINY, *self.given, f"output_dir={folder}", *overrides)
+        store = Store(folder / "store")
+        job = Job(config, preflight(config, store), store, folder, View("off"))
+        job.cluster = self.cluster
+        for role in set(ROLES) - set(fresh):
+            setattr(job, role, getattr(self.warm, role))
+        if "estimator" not in fresh:
+            shutil.copytree(self.warm.store.root / "baseline", store.root / "baseline")
+        return job
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster, prompts_file, policy_folder, reward_folders, tmp_path_factory) -> Jobs:
+    given = [
+        f"data.prompts={prompts_file}",
+        f"policy.path={policy_folder}",
+        *(f"reward_models.{name}.path={path}" for name, path in reward_folders.items()),
+        "reward_models.harmless.canned=['no .', 'i do no bad .']",
+    ]
+    return Jobs(cluster, tmp_path_factory.mktemp("jobs"), given)

@@ -1,0 +1,136 @@
+"""The alignment loop on real actors: reproducible, bounded, and safe against dying generators."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import ray
+
+from rlhf.logs import read_metrics
+from rlhf.types import Rewards
+
+pytestmark = pytest.mark.actors
+
+
+def align(job) -> list[dict[str, float]]:
+    job.align()
+    return read_metrics(job.align_path)
+
+
+def without_times(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in step.items() if not k.startswith("seconds")} for step in metrics]
+
+
+@pytest.fixture(scope="module")
+def expected(jobs):
+    """The metrics of an undisturbed run at staleness 0, with two generators."""
+    return without_times(align(jobs.make()))
+
+
+def test_same_metrics_with_another_number_of_generators(jobs, expected):
+    assert without_times(align(jobs.make("resources.generators.count=3", fresh=("generators",)))) == expected
+    assert [step["step"] for step in expected] == [1, 2, 3]
+    assert all(step["staleness"] == 0 for step in expected)
+
+
+def test_same_metrics_when_a_generator_is_killed(jobs, expected, monkeypatch):
+    """SIGKILL between two steps and during one: its items are sampled elsewhere, with the right weights."""
+    job = jobs.make()
+    generators = job.generators
+    pids = ray.get([a.apply.remote(lambda actor: os.getpid()) for a in generators._actors])
+    submit, calls = generators.submit, []
+
+    def submit_and_kill(item, worker):
+        submit(item, worker)
+        calls.append(worker)
+        if len(calls) in (3, 6):
+            os.kill(pids[worker], signal.SIGKILL)
+            pids[worker] = pids[1 - worker]
+
+    monkeypatch.setattr(generators, "submit", submit_and_kill)
+    job.align()
+    assert len(calls) > 6  # some items went out twice
+    assert without_times(read_metrics(job.align_path)) == expected
+
+
+def test_same_metrics_when_the_queue_is_restarted(jobs, expected, monkeypatch):
+    """A restarted queue is empty; the controller puts the items again."""
+    import actors.stages as stages
+
+    started = []
+
+    def start():
+        started.append(stages_start())
+        return started[0]
+
+    stages_start = stages.start_queue
+    monkeypatch.setattr(stages, "start_queue", start)
+    job = jobs.make()
+    killer = threading.Thread(
+        target=lambda: (wait_for(started), time.sleep(0.5), ray.kill(started[0], no_restart=False))
+    )
+    killer.start()
+    job.align()
+    killer.join()
+    assert without_times(read_metrics(job.align_path)) == expected
+
+
+def wait_for(things: list) -> None:
+    while not things:
+        time.sleep(0.01)
+
+
+def test_staleness_is_bounded_and_used(jobs):
+    metrics = align(jobs.make("align.staleness=1", "align.steps=6"))
+    assert [step["step"] for step in metrics] == [1, 2, 3, 4, 5, 6]
+    assert max(step["staleness"] for step in metrics) == 1
+    assert metrics[0]["staleness"] == 0
+
+
+def test_policy_moves_towards_the_reward(jobs):
+    """Twenty steps without KL penalty raise the utility that is maximised, and the KL leaves 0."""
+    metrics = align(jobs.make("align.steps=20", "align.kl_coef=0.001"))
+    first, last = (np.mean([s["utility/combined"] for s in part]) for part in (metrics[:4], metrics[-4:]))
+    assert last > first + 0.2
+    assert abs(metrics[0]["kl"]) < 1e-4 < metrics[-1]["kl"]
+
+
+def test_rewards_are_the_formula(jobs, reward_folders, policy_folder):
+    """One batch through generator and pool against transformers, numpy's quantile and log sigmoid by hand."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    job = jobs.make()
+    (sampled,) = job.generators.sample([next(iter(items(job)))])
+    rewards: Rewards = ray.get(job.rewards.rewards(sampled.rollouts))
+    rollouts = ray.get(sampled.rollouts)
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+    for column, name in enumerate(("helpful", "harmless")):
+        model = AutoModelForSequenceClassification.from_pretrained(reward_folders[name]).eval()
+
+        def score(prompt, text, model=model):
+            ids = tokenizer.apply_chat_template(
+                [*prompt, {"role": "assistant", "content": text}], return_tensors="pt", return_dict=True
+            )
+            with torch.no_grad():
+                return model(**ids).logits.item()
+
+        raw = [score(rollouts.prompts[g], t) for g, t in zip(rollouts.group, rollouts.texts, strict=True)]
+        np.testing.assert_allclose(rewards.raw[:, column], raw, atol=1e-4)
+        base = ray.get(job.estimator.samples.remote(rollouts.prompt_ids))[name]
+        if name == "helpful":
+            r_ref = [np.quantile(b.astype(np.float64), 0.85) for b in base]
+        else:
+            r_ref = [np.mean([score(p, c) for c in ("no .", "i do no bad .")]) for p in rollouts.prompts]
+        np.testing.assert_allclose(rewards.reference[:, column], np.array(r_ref)[rollouts.group], atol=1e-4)
+    centred = rewards.raw.astype(np.float64) - rewards.reference
+    np.testing.assert_allclose(rewards.combined, -np.log1p(np.exp(-centred)).sum(1), rtol=1e-5)
+
+
+def items(job):
+    from actors.work import work_items
+
+    return work_items(job.data.prompts[:3], 3, 4, seed=7, purpose="test")

@@ -1,0 +1,54 @@
+"""The reward pool: errors name the model, and a dead replica is replaced."""
+
+import os
+import signal
+import time
+
+import pytest
+import ray
+from ray import serve
+
+from actors.work import work_items
+
+pytestmark = pytest.mark.actors
+
+
+def sampled(job):
+    (one,) = job.generators.sample(work_items(job.data.prompts[:2], 2, 3, seed=1, purpose="test"))
+    return one.rollouts
+
+
+def test_nan_reward_is_an_error_with_model_and_sample(jobs, tmp_path, reward_folders):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(reward_folders["helpful"])
+    torch.nn.init.constant_(model.score.weight, float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(reward_folders["helpful"]).save_pretrained(tmp_path / "nan")
+    job = jobs.make(f"reward_models.helpful.path={tmp_path / 'nan'}", fresh=("estimator", "rewards"))
+    with pytest.raises(
+        ValueError, match=r"reward model 'helpful' returned nan for .* first for prompt 'what is"
+    ):
+        job.baseline()
+    job.rewards.stop()
+
+
+def test_a_killed_replica_is_replaced_and_the_call_answered(jobs):
+    job = jobs.make("resources.reward.count=2", fresh=("rewards",))
+    rollouts = sampled(job)
+    before = ray.get(job.rewards.raw(rollouts))
+    handle = serve.get_deployment_handle("reward-helpful", job.rewards._name)
+    actors = [a for a in ray.util.list_named_actors(all_namespaces=True) if "reward-helpful" in a["name"]]
+    assert len(actors) == 2
+    for actor in actors:  # all of them: only a restarted one can answer
+        ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+    assert handle is not None
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            after = ray.get(job.rewards.raw(rollouts))
+            break
+        except ray.exceptions.RayActorError:
+            assert time.monotonic() < deadline
+    assert (before == after).all()
