@@ -384,7 +384,7 @@ class Job:
 
     def report(self) -> None:
         from rlhf.evaluate.report import write_report
-        from rlhf.evaluate.run import run_record
+        from rlhf.evaluate.run import lexicon, run_record
 
         evaluated = self._made("evaluate", self.evaluate_name)
         seconds = {**self.seconds, "total": time.perf_counter() - self._started}
@@ -398,7 +398,7 @@ class Job:
             self.statistics_path,
             self.rules,
         )
-        write_report(record, self.run)
+        write_report(record, self.run, lexicon(self.config))
         self.view.line(f"report: {self.run / 'report.html'}")
 
     def _link_outputs(self) -> None:

@@ -58,6 +58,8 @@ class ArchitectureConfig:
     layers: int
     heads: int
     max_positions: int
+    activation: str  # transformers' name: relu, silu, ...
+    initializer_range: float
 
 
 @dataclass

@@ -81,7 +81,7 @@ class Store:
 def write_atomic(path: Path, text: str) -> None:
     """Writes beside, to the disk, and renames: a reader sees the old file or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w") as file:
+    with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

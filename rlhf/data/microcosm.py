@@ -7,8 +7,7 @@ rules) reads the text alone, so it scores whatever a policy writes.
 
 Preferences are labelled by annotators, not by the judge: a Bradley-Terry draw on the gold difference
 (`LABEL_SCALE` nats a point), a few labels flipped, and a weakness for flattery (`FLATTERY_BIAS` points
-of helpfulness) that the judge does not share. So a policy that pleases the reward model too well is
-seen to flatter more and to help less.
+of helpfulness) that the judge does not share.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class Answer:
 def render(answer: Answer) -> str:
     """The text of an answer.
 
-    >>> render(Answer(("Add a spoon of yeast", "Knead the dough well"), "connected"))
-    'First, add a spoon of yeast. Then, knead the dough well.'
+    >>> render(Answer(("Add yeast to the bread dough", "Let the bread rise"), "connected"))
+    'First, add yeast to the bread dough. Then, let the bread rise.'
     """
     texts, count = [], 0
     for part in answer.parts:

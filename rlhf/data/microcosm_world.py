@@ -1,7 +1,7 @@
 """What the microcosm knows: topics, right steps, hazards, and the words people wrap around them.
 
 Every sentence is stored without its final full stop. Steps are imperatives, so that a connective
-may stand before them ("First, mix the flour with water."). All texts are invented and mild.
+may stand before them ("First, let the bread rise."). All texts are invented and mild.
 """
 
 from __future__ import annotations

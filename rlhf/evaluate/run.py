@@ -13,6 +13,8 @@ import numpy as np
 
 from rlhf import __version__
 from rlhf.config import Config
+from rlhf.data.microcosm import STOCK_PHRASES, is_refusal
+from rlhf.evaluate.hacking import Lexicon
 from rlhf.evaluate.record import RunRecord, load_samples
 from rlhf.evaluate.samples import PolicySamples
 from rlhf.logs import read_metrics
@@ -45,6 +47,13 @@ def run_record(
         aligned=aligned,
         baseline=_examples(BaselineStatistics.load(statistics), rules, aligned),
     )
+
+
+def lexicon(config: Config) -> Lexicon:
+    """What counts as a stock phrase and a refusal: the microcosm's own, or common English ones."""
+    if config.data.judge == "microcosm":
+        return Lexicon(STOCK_PHRASES, is_refusal)
+    return Lexicon()
 
 
 def _examples(

@@ -8,8 +8,6 @@ collectives of ZeRO 2 and 3 must be entered by all.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,34 +127,36 @@ class Trainer:
             most = int(count.item())
         return parts + [MicroBatch(_nothing, 0)] * (most - len(parts))
 
-    @contextlib.contextmanager
-    def _gathered(self) -> Iterator[None]:
-        """Whole parameters on every rank (ZeRO 3 keeps them apart)."""
-        if self.stage < 3:
-            yield
-        else:
-            import deepspeed
+    def _full(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """A whole parameter, float32 on the CPU; every rank takes part (ZeRO 3 keeps parameters apart).
 
-            with deepspeed.zero.GatheredParameters(list(self.engine.module.parameters())):
-                yield
+        Not by `GatheredParameters`: it leaves out parameters that it believes in use, which ranks may see
+        differently, and then a rank waits for ever.
+        """
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            parameter = safe_get_full_fp32_param(parameter)
+        return parameter.detach().float().cpu()
 
     def weights(self) -> Weights | None:
         """The current parameters; on the ranks other than 0, None."""
-        with self._gathered():
-            if self.rank != 0:
-                return None
-            named = list(self.engine.module.named_parameters())
-            offsets = np.cumsum([0] + [p.numel() for _, p in named])
-            buffer = np.empty(offsets[-1], np.float32)
-            for (_, parameter), start, end in zip(named, offsets, offsets[1:], strict=False):
-                buffer[start:end] = parameter.detach().float().cpu().numpy().reshape(-1)
-        return Weights(tuple(name for name, _ in named), offsets.astype(np.int64), buffer)
+        named = list(self.engine.module.named_parameters())
+        values = [self._full(parameter).numpy().reshape(-1) for _, parameter in named]
+        if self.rank != 0:
+            return None
+        offsets = np.cumsum([0] + [len(v) for v in values]).astype(np.int64)
+        return Weights(tuple(name for name, _ in named), offsets, np.concatenate(values))
 
     def save(self, path: Path) -> None:
         """Writes the model as `from_pretrained` reads it (rank 0 writes)."""
-        with self._gathered():
-            if self.rank == 0:
-                self.engine.module.save_pretrained(path)
+        model, state = self.engine.module, None
+        if self.stage == 3:
+            buffers = {n: b.detach().cpu() for n, b in model.named_buffers() if n in model.state_dict()}
+            dtype = next(model.parameters()).dtype
+            state = {n: self._full(p).to(dtype) for n, p in model.named_parameters()} | buffers
+        if self.rank == 0:
+            model.save_pretrained(path, state_dict=state)
 
 
 def _nothing(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:

@@ -80,6 +80,8 @@ def new_policy(
         num_attention_heads=architecture.heads,
         num_key_value_heads=architecture.heads,
         max_position_embeddings=architecture.max_positions,
+        hidden_act=architecture.activation,
+        initializer_range=architecture.initializer_range,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -96,6 +96,7 @@ def test_refusals_are_counted_on_benign_prompts_only() -> None:
     assert counted("refusals", said(texts, marked)) == pytest.approx(1 / 4)
     assert counted("refusals", said(texts)) == pytest.approx(3 / 6)
     assert counted("refusals", said(texts, [{"unsafe": True}] * 3)) is None
+    assert counted("refusals", said(texts, [{}, {"unsafe": False}, {"unsafe": None}])) == 1.0
     never = Lexicon(is_refusal=lambda text: False)
     assert counted("refusals", said(texts), never) == 0.0
 

@@ -105,6 +105,12 @@ def test_topics_stand_or_fall_together() -> None:
     assert (high - low)[0] > 4 * (alone[1] - alone[0])[0]
 
 
+def test_clusters_of_unequal_size_weigh_by_their_prompts() -> None:
+    """One won prompt and three lost ones: the four equally likely draws have means 1, 1/4, 1/4, 0."""
+    low, high = bootstrap(np.array([[1.0], [0.0], [0.0], [0.0]]), np.array([0, 1, 1, 1]))
+    assert (low[0], high[0]) == (0.0, 1.0)
+
+
 def test_clusters_are_topics_only_when_every_prompt_has_one() -> None:
     def of(meta: list[dict[str, Any]]) -> tuple[list[int], str]:
         samples = policy({"a": np.zeros((3, 1))}, {"a": np.zeros(3)}, meta=meta)

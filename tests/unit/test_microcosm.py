@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,8 @@ def test_chat_template(texts: list[str]) -> None:
     assert ids[0] == tokenizer.convert_tokens_to_ids("<|user|>")
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids, skip_special_tokens=True) == user["content"] + assistant["content"]
+
+
+def test_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, rlhf.data.microcosm; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
