@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ class TokenBatch:
     """What a causal model is called with, and where its predictions of response tokens are.
 
     `predict[n]` is the flat position (row * width + column) whose logits predict response token `targets[n]`,
-    which is token `index[n]` of the flat response tokens and belongs to response `response[n]`.
+    which is token `index[n]` of the flat response tokens and belongs to response `response[n]`. `last[i]` is the
+    flat position of the last token of response `rows[i]`.
     """
 
     input_ids: torch.Tensor  # int64 [rows, width]
@@ -31,6 +33,8 @@ class TokenBatch:
     targets: torch.Tensor  # int64 [N]
     index: torch.Tensor  # int64 [N]
     response: torch.Tensor  # int64 [N]
+    rows: torch.Tensor  # int64 [responses in the batch]
+    last: torch.Tensor  # int64 [responses in the batch]
 
 
 def token_logprobs(model: torch.nn.Module, batch: TokenBatch, temperature: float = 1.0) -> torch.Tensor:
@@ -107,7 +111,7 @@ def _lay(bins: list[list[_Tree]], prompts: Ragged, responses: Ragged) -> TokenBa
     positions = np.zeros((len(bins), width), np.int64)
     tree_of = np.full((len(bins), width), -1, np.int64)  # which tree a token is in
     branch = np.zeros((len(bins), width), np.int64)  # 0: its prompt; b: its b-th response
-    predict, targets, index, response = [], [], [], []
+    predict, targets, index, response, rows, ends = [], [], [], [], [], []
     for r, trees in enumerate(bins):
         at = 0
         for t, tree in enumerate(trees):
@@ -128,6 +132,8 @@ def _lay(bins: list[list[_Tree]], prompts: Ragged, responses: Ragged) -> TokenBa
                 targets.append(own)
                 index.append(np.arange(responses.offsets[row], responses.offsets[row + 1]))
                 response.append(np.full(len(own), row))
+                rows.append([row])
+                ends.append([r * width + here[-1]])
                 at += len(own)
     same_tree = tree_of[:, :, None] == tree_of[:, None, :]
     visible = same_tree & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None]))
@@ -137,7 +143,7 @@ def _lay(bins: list[list[_Tree]], prompts: Ragged, responses: Ragged) -> TokenBa
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         mask[:, None],
-        *(torch.from_numpy(np.concatenate(c).astype(np.int64)) for c in (predict, targets, index, response)),
+        *[_flat(c) for c in (predict, targets, index, response, rows, ends)],
     )
 
 
@@ -166,7 +172,7 @@ def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def _right_pad(batch: list[int], prompts: Ragged, responses: Ragged, group: np.ndarray) -> TokenBatch:
     width = max(int(prompts.lengths[group[r]] + responses.lengths[r]) for r in batch)
     ids, mask = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.int64)
-    predict, targets, index, response = [], [], [], []
+    predict, targets, index, response, ends = [], [], [], [], []
     for i, row in enumerate(batch):
         prompt, own = prompts[group[row]], responses[row]
         end = len(prompt) + len(own)
@@ -175,13 +181,18 @@ def _right_pad(batch: list[int], prompts: Ragged, responses: Ragged, group: np.n
         targets.append(own)
         index.append(np.arange(responses.offsets[row], responses.offsets[row + 1]))
         response.append(np.full(len(own), row))
+        ends.append([i * width + end - 1])
     positions = np.broadcast_to(np.arange(width), ids.shape).copy()
     return TokenBatch(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         torch.from_numpy(mask),
-        *(torch.from_numpy(np.concatenate(c).astype(np.int64)) for c in (predict, targets, index, response)),
+        *[_flat(c) for c in (predict, targets, index, response, [batch], ends)],
     )
+
+
+def _flat(parts: Any) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 @torch.no_grad()

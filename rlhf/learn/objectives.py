@@ -15,7 +15,7 @@ import torch
 
 from rlhf.learn.advantages import ADVANTAGES
 from rlhf.learn.batching import TokenBatch, by_length, pack, pad, token_logprobs
-from rlhf.models.reward import score_tokens
+from rlhf.models.reward import Classifier, score_rows
 from rlhf.types import Experience, Ragged
 
 Metrics = dict[str, float]
@@ -85,29 +85,29 @@ class PreferencePairs:
 class BradleyTerry:
     """-log sigmoid(r(chosen) - r(rejected)), mean over pairs. A batch: (PreferencePairs, indices)."""
 
-    pad_token: int | None
+    classifier: Classifier
 
     def micro_batches(
         self, batch: tuple[PreferencePairs, np.ndarray], rank: int, world: int, budget: int
     ) -> list[MicroBatch]:
         data, indices = batch
-        longest = np.maximum(data.chosen.lengths[indices], data.rejected.lengths[indices])
-        mine = [int(indices[i]) for i in balanced(longest, world)[rank]]
-        lengths = [2 * max(len(data.chosen[i]), len(data.rejected[i])) for i in mine]
+        tokens = data.chosen.lengths[indices] + data.rejected.lengths[indices]
+        mine = [int(i) for i in balanced(tokens, world)[rank]]
+        parts = by_length([2 * int(tokens[i]) for i in mine], budget)
+        return [
+            self._loss(data, [int(indices[mine[i]]) for i in part], len(indices), budget) for part in parts
+        ]
 
-        def loss(rows: list[int]) -> MicroBatch:
-            def call(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:
-                device = str(next(model.parameters()).device)
-                both = [data.chosen[i] for i in rows] + [data.rejected[i] for i in rows]
-                rewards = score_tokens(model, both, self.pad_token, device)
-                margin = rewards[: len(rows)] - rewards[len(rows) :]
-                value = -torch.nn.functional.logsigmoid(margin).sum() / len(indices)
-                correct = (margin > 0).sum().item() / len(indices)
-                return value, {"loss": value.item(), "accuracy": correct}
+    def _loss(self, data: PreferencePairs, pairs: list[int], total: int, budget: int) -> MicroBatch:
+        rows = [row for i in pairs for row in (data.chosen[i], data.rejected[i])]
 
-            return MicroBatch(call, sum(len(data.chosen[i]) + len(data.rejected[i]) for i in rows))
+        def call(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:
+            rewards = score_rows(model, self.classifier, rows, budget)
+            margin = rewards[0::2] - rewards[1::2]
+            value = -torch.nn.functional.logsigmoid(margin).sum() / total
+            return value, {"loss": value.item(), "accuracy": (margin > 0).sum().item() / total}
 
-        return [loss([mine[i] for i in rows]) for rows in by_length(lengths, budget)]
+        return MicroBatch(call, sum(len(row) for row in rows))
 
 
 @dataclass

@@ -14,6 +14,7 @@ from rlhf.config import ArchitectureConfig
 from rlhf.learn.batching import takes_packing
 from rlhf.learn.objectives import BradleyTerry, Objective, PolicyGradient, Supervised
 from rlhf.models.load import load_policy, load_tokenizer, new_policy, new_reward_model
+from rlhf.models.reward import Classifier
 
 
 class Task(Protocol):
@@ -47,7 +48,8 @@ class BradleyTerryTask:
         key = f"reward_models.{self.name}.init_from"
         pad_token = load_tokenizer(self.init_from, key).pad_token_id
         model = new_reward_model(self.init_from, key, self.seed, pad_token).to(device)
-        return model, BradleyTerry(model.config.pad_token_id)
+        classifier = Classifier(model, model.config.pad_token_id)
+        return classifier, BradleyTerry(classifier)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 
 from rlhf.config import DeepSpeedConfig
 from rlhf.learn.objectives import Metrics, MicroBatch, Objective
+from rlhf.models.reward import Classifier
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Trainer:
             config.micro_batch_tokens,
             config.zero_stage,
         )
+        self.model: Any = model.inner if isinstance(model, Classifier) else model  # what is saved
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -141,7 +143,7 @@ class Trainer:
 
     def weights(self) -> Weights | None:
         """The current parameters; on the ranks other than 0, None."""
-        named = list(self.engine.module.named_parameters())
+        named = list(self.model.named_parameters())
         values = [self._full(parameter).numpy().reshape(-1) for _, parameter in named]
         if self.rank != 0:
             return None
@@ -150,7 +152,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Writes the model as `from_pretrained` reads it (rank 0 writes)."""
-        model, state = self.engine.module, None
+        model, state = self.model, None
         if self.stage == 3:
             buffers = {n: b.detach().cpu() for n, b in model.named_buffers() if n in model.state_dict()}
             dtype = next(model.parameters()).dtype
@@ -162,4 +164,5 @@ class Trainer:
 def _nothing(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:
     device = next(model.parameters()).device
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().sum() * 0.0, {}
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return (output if isinstance(output, torch.Tensor) else output.logits).float().sum() * 0.0, {}

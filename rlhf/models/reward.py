@@ -3,33 +3,156 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from rlhf.data.chat import ChatFormat
-from rlhf.learn.batching import by_length
+from rlhf.learn.batching import by_length, pack
 from rlhf.models.load import load_reward_model, load_tokenizer, max_positions
-from rlhf.types import Content
+from rlhf.types import Content, Ragged
+
+Row = Sequence[int] | np.ndarray
+"""The tokens of one conversation."""
 
 
-def score_tokens(
-    model: torch.nn.Module, rows: Sequence[Sequence[int] | np.ndarray], pad: int | None, device: str
-) -> torch.Tensor:
-    """Rewards of token rows, float32 [rows]: the model's own forward pass on one right-padded batch.
+class Classifier(torch.nn.Module):
+    """A sequence classifier with one label, called on the conversations of one `TokenBatch` or one padded batch.
 
-    Without a padding token the classifier cannot find the last token of a batch: rows then go one by one.
+    Packed: conversations that begin alike share that beginning, rows are filled, and the head reads the last token
+    of each. It is exact for causal models that take a custom mask; `packs` says whether this one is.
     """
-    if pad is None and len(rows) > 1:
-        return torch.cat([score_tokens(model, [row], None, device) for row in rows])
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), 0 if pad is None else pad, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.as_tensor(row)
-        mask[i, : len(row)] = 1
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-    return logits.squeeze(-1).float()
+
+    def __init__(self, model: PreTrainedModel, pad: int | None) -> None:
+        super().__init__()
+        self.inner, self.pad = model, pad
+        self.packs = _packs(self, model.config.get_text_config().vocab_size)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        last: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Rewards: of the conversations that end at the flat positions `last`, or of each padded row."""
+        if last is None:
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1)
+        states = self.inner.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        return self.inner.score(states.flatten(0, 1)[last]).squeeze(-1)
+
+
+def score_rows(
+    model: torch.nn.Module, classifier: Classifier, rows: Sequence[Row], budget: int
+) -> torch.Tensor:
+    """Rewards of token rows, float32 [rows], in batches of at most `budget` tokens (one conversation at least).
+
+    `model` is what is called: the classifier itself, or an engine around it.
+    """
+    parts, order = [], []
+    for batch in batches(classifier, rows, budget):
+        parts.append(batch.scores(model, next(classifier.parameters())))
+        order += batch.rows
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+@dataclass(frozen=True)
+class ScoreBatch:
+    """Conversations that are scored together: `rows[i]` is the i-th score's place among all."""
+
+    rows: list[int]
+    inputs: dict[str, torch.Tensor]
+
+    def scores(self, model: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:
+        inputs = {k: v.to(like.device) for k, v in self.inputs.items()}
+        if inputs["attention_mask"].dim() == 4:
+            inputs["attention_mask"] = inputs["attention_mask"].to(like.dtype)
+        return model(**inputs).float()
+
+
+def batches(classifier: Classifier, rows: Sequence[Row], budget: int) -> list[ScoreBatch]:
+    """Token rows as batches; neighbours that begin alike share their beginning, if the classifier packs."""
+    if classifier.packs:
+        shared, own, group = _split(rows)
+        return [
+            ScoreBatch(
+                b.rows.tolist(),
+                {
+                    "input_ids": b.input_ids,
+                    "attention_mask": b.attention_mask,
+                    "position_ids": b.position_ids,
+                    "last": b.last,
+                },
+            )
+            for b in pack(shared, own, group, range(len(rows)), budget)
+        ]
+    return [_padded(rows, chosen, classifier.pad) for chosen in _padded_rows(rows, classifier.pad, budget)]
+
+
+def _padded_rows(rows: Sequence[Row], pad: int | None, budget: int) -> list[list[int]]:
+    """Without a padding token a classifier cannot find the last token of a padded row: then one by one."""
+    return [[i] for i in range(len(rows))] if pad is None else by_length([len(r) for r in rows], budget)
+
+
+def _padded(rows: Sequence[Row], chosen: list[int], pad: int | None) -> ScoreBatch:
+    width = max(len(rows[i]) for i in chosen)
+    ids = torch.full((len(chosen), width), 0 if pad is None else pad, dtype=torch.long)
+    mask = torch.zeros(len(chosen), width, dtype=torch.long)
+    for n, i in enumerate(chosen):
+        ids[n, : len(rows[i])] = torch.as_tensor(np.asarray(rows[i], np.int64))
+        mask[n, : len(rows[i])] = 1
+    return ScoreBatch(chosen, {"input_ids": ids, "attention_mask": mask})
+
+
+def _split(rows: Sequence[Row]) -> tuple[Ragged, Ragged, np.ndarray]:
+    """Each run of neighbours with a common beginning as that beginning and what follows it, at least a token each."""
+    arrays = [np.asarray(row, np.int32) for row in rows]
+    shared: list[np.ndarray] = []
+    group: list[int] = []
+    for row in arrays:
+        common = _common(shared[-1], row) if shared else 0
+        if shared and common >= max(1, len(shared[-1]) // 2) and common < len(row):
+            shared[-1] = shared[-1][:common]
+        else:
+            shared.append(row[:-1])
+        group.append(len(shared) - 1)
+    own = [row[len(shared[g]) :] for row, g in zip(arrays, group, strict=True)]
+    return Ragged.of(shared, np.int32), Ragged.of(own, np.int32), np.array(group)
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+@torch.no_grad()
+def _packs(classifier: Classifier, vocabulary: int, tolerance: float = 1e-3) -> bool:
+    """Whether packed conversations get the rewards of single ones, tried on random tokens."""
+    if not hasattr(classifier.inner, "score"):
+        return False
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(vocabulary, size=12)
+    if classifier.pad is not None:
+        tokens[tokens == classifier.pad] = (classifier.pad + 1) % vocabulary
+    rows = [tokens[[0, 1, 2, 3, 4]], tokens[[0, 1, 2, 5]], tokens[[0, 1, 6, 7, 8, 9]], tokens[[10, 11]]]
+    head = classifier.inner.score.weight
+    kept = head.clone()
+    head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))  # a new head scores all 0
+    try:
+        single = [_padded(rows, [i], classifier.pad) for i in range(len(rows))]
+        plain = torch.cat([one.scores(classifier, head) for one in single])
+        classifier.packs = True
+        packed = score_rows(classifier, classifier, rows, 64)
+    except (ValueError, RuntimeError, TypeError, AttributeError):
+        return False
+    finally:
+        head.copy_(kept)
+    return bool((packed - plain).abs().max() <= tolerance * plain.abs().max())
 
 
 class RewardScorer:
@@ -43,14 +166,14 @@ class RewardScorer:
     ) -> None:
         key = f"reward_models.{name}.path"
         self.name, self.budget, self.device = name, budget, device
-        self.model = load_reward_model(path, key).to(device)
+        model = load_reward_model(path, key).to(device)
+        self.classifier = Classifier(model, model.config.pad_token_id)
         self.format = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", template)
-        self.limit = max_positions(self.model.config)
+        self.limit = max_positions(model.config)
 
     def score(self, contents: Sequence[Content], responses: Sequence[str]) -> np.ndarray:
         """Rewards of responses to their prompts, float32 [B]."""
         rows = [self.format.conversation_tokens(c, r) for c, r in zip(contents, responses, strict=True)]
-        rewards = np.empty(len(rows), np.float32)
         for row, content, response in zip(rows, contents, responses, strict=True):
             if self.limit is not None and len(row) > self.limit:
                 raise ValueError(
@@ -58,11 +181,7 @@ class RewardScorer:
                     f"prompt {_short(content)}, response {_short(response)}; lower rollout.max_new_tokens"
                 )
         with torch.inference_mode():
-            for batch in by_length([len(r) for r in rows], self.budget):
-                scores = score_tokens(
-                    self.model, [rows[i] for i in batch], self.model.config.pad_token_id, self.device
-                )
-                rewards[batch] = scores.cpu().numpy()
+            rewards = score_rows(self.classifier, self.classifier, rows, self.budget).cpu().numpy()
         bad = np.flatnonzero(~np.isfinite(rewards))
         if len(bad):
             i = int(bad[0])

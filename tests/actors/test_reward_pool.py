@@ -1,7 +1,5 @@
 """The reward pool: errors name the model, and a dead replica is replaced."""
 
-import os
-import signal
 import time
 
 import pytest

@@ -20,6 +20,7 @@ from rlhf.learn.objectives import (
     balanced,
 )
 from rlhf.models.load import load_policy, load_reward_model, load_tokenizer
+from rlhf.models.reward import Classifier
 from rlhf.types import Experience, Ragged, Rewards, WorkItem
 
 PROMPTS = tuple(
@@ -145,13 +146,17 @@ def test_supervised_equals_transformers_own_loss(policy_folder, world):
     )
 
 
-def test_bradley_terry_equals_the_formula(reward_folders):
+@pytest.mark.parametrize("packing", [True, False])
+def test_bradley_terry_equals_the_formula(reward_folders, packing):
     model = load_reward_model(str(reward_folders["helpful"]), "k")
+    classifier = Classifier(model, 0)
+    assert classifier.packs
+    classifier.packs = packing
     rng = np.random.default_rng(0)
     chosen = Ragged.of([rng.integers(2, 20, size=n) for n in (3, 6, 9)], np.int32)
     rejected = Ragged.of([rng.integers(2, 20, size=n) for n in (5, 4, 1)], np.int32)
     loss, _, sums = gradients(
-        model, BradleyTerry(0), (PreferencePairs(chosen, rejected), np.arange(3)), 2, 16
+        classifier, BradleyTerry(classifier), (PreferencePairs(chosen, rejected), np.arange(3)), 2, 16
     )
     with torch.no_grad():
         score = lambda row: model(input_ids=torch.tensor(row[None].astype(np.int64))).logits.item()  # noqa: E731

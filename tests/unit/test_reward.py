@@ -1,0 +1,72 @@
+"""Packed scoring against transformers on one conversation at a time."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+from rlhf.models.load import load_reward_model
+from rlhf.models.reward import Classifier, RewardScorer, _split, score_rows
+from tests.tiny import save_reward_model
+
+
+@pytest.mark.parametrize("budget", [1, 40, 4096])
+@torch.no_grad()
+def test_packed_scores_equal_single_forward_passes(reward_folders, budget):
+    model = load_reward_model(str(reward_folders["helpful"]), "key")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 20, size=n) for n in (6, 1, 9)]
+    rows = [np.concatenate([p, rng.integers(2, 20, size=n)]) for p in prompts for n in (3, 1, 7, 7)]
+    expected = [model(input_ids=torch.tensor(row[None])).logits.item() for row in rows]
+    classifier = Classifier(model, 0)
+    assert classifier.packs
+    np.testing.assert_allclose(score_rows(classifier, classifier, rows, budget), expected, atol=2e-5)
+    classifier.packs = False
+    np.testing.assert_allclose(score_rows(classifier, classifier, rows, budget), expected, atol=2e-5)
+
+
+def test_a_bidirectional_classifier_is_scored_plainly():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1
+    )
+    classifier = Classifier(BertForSequenceClassification(config).eval(), 0)
+    assert not classifier.packs
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8))
+def test_split_rows_join_to_the_rows(rows):
+    shared, own, group = _split(rows)
+    assert [[*shared[g], *own[i]] for i, g in enumerate(group)] == rows
+    assert (own.lengths > 0).all()
+
+
+def test_scorer_renders_by_its_own_template_and_tokenizer(reward_folders):
+    """Text in, reward out: the same as apply_chat_template and a forward pass by hand."""
+    from transformers import AutoTokenizer
+
+    scorer = RewardScorer("helpful", str(reward_folders["helpful"]))
+    contents = [[{"role": "user", "content": "what is tea ?"}]] * 2 + ["what is"]
+    rewards = scorer.score(contents, ["good .", "bad bread", " tea"])
+    tokenizer = AutoTokenizer.from_pretrained(reward_folders["helpful"])
+    model = AutoModelForSequenceClassification.from_pretrained(reward_folders["helpful"]).eval()
+    chats = [[*contents[0], {"role": "assistant", "content": t}] for t in ("good .", "bad bread")]
+    texts = [tokenizer.apply_chat_template(c, tokenize=False) for c in chats] + ["what is tea<eos>"]
+    with torch.no_grad():
+        ids = [tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids for text in texts]
+        expected = [model(input_ids=i).logits.item() for i in ids]
+    np.testing.assert_allclose(rewards, expected, atol=1e-5)
+
+
+def test_two_labels_are_refused(tmp_path):
+    save_reward_model(tmp_path, seed=0, labels=2)
+    with pytest.raises(ValueError, match=r"reward_models.harmless.path: .* has 2; save it with num_labels=1"):
+        RewardScorer("harmless", str(tmp_path))
+
+
+def test_too_long_a_conversation_is_refused(reward_folders):
+    scorer = RewardScorer("helpful", str(reward_folders["helpful"]))
+    with pytest.raises(ValueError, match="'helpful' takes 128 tokens, but prompt and response have 2"):
+        scorer.score(["tea " * 200], ["yes"])
