@@ -29,10 +29,6 @@ class Cluster:
             **(dashboard if self.own else {}),
         )
         check_offer(config, ray.cluster_resources())
-        from ray import serve
-
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
 
     def describe(self) -> str:
         offer = ray.cluster_resources()

@@ -34,6 +34,8 @@ class Generator:
 
     def __init__(self, rollout: RolloutConfig, chat_template: str | None, role: RoleConfig) -> None:
         set_threads(role.cpus)
+        import rlhf.generate.transformers_engine  # noqa: F401 - now, and not in the first call
+
         self._rollout, self._template, self._role = rollout, chat_template, role
         self._engine: Engine | None = None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -66,6 +67,7 @@ def run(config: Config, folder: Path, resolved: str) -> None:
     from rlhf.progress import View
     from rlhf.store import Store, link, write_atomic
 
+    started = time.perf_counter()
     view = View(config.logging.live)
     root = Path(config.output_dir).expanduser().absolute()
     view.line(f"run {folder}")
@@ -76,9 +78,9 @@ def run(config: Config, folder: Path, resolved: str) -> None:
 
     from actors.stages import Job
 
-    job = Job(config, data, store, folder, view)
+    job = Job(config, data, store, folder, view, started)
     try:
         job.execute()
     finally:
-        job.stop()
+        job.roles.stop()
     link(root / "latest", folder)

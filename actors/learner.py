@@ -26,6 +26,13 @@ class LearnerRank:
     def __init__(self, rank: int, world: int, config: DeepSpeedConfig, role: RoleConfig) -> None:
         self.rank, self.world, self.config, self.role = rank, world, config, role
         set_threads(role.cpus)
+        if role.gpus == 0:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+        import deepspeed  # noqa: F401 - now, while the driver prepares the data
+
+        import rlhf.learn.tasks
+        import rlhf.learn.trainer  # noqa: F401
 
     def address(self) -> str:
         return ray.util.get_node_ip_address()
@@ -45,9 +52,6 @@ class LearnerRank:
             WORLD_SIZE=str(self.world),
             LOCAL_RANK="0",
         )
-        if not gpu:
-            os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
         import deepspeed
         import deepspeed.ops
 
@@ -99,10 +103,17 @@ class LearnerGroup:
             actor.options(**actor_options(role)).remote(rank, role.count, config, role)
             for rank in range(role.count)
         ]
+        self._port, self._joined = port, False
+
+    def _join(self) -> None:
+        """Makes the ranks' process group; not at once, because they take seconds to start."""
         address, free = ray.get([self.ranks[0].address.remote(), self.ranks[0].free_port.remote()])
-        ray.get([rank.join.remote(address, port or free) for rank in self.ranks])
+        ray.get([rank.join.remote(address, self._port or free) for rank in self.ranks])
+        self._joined = True
 
     def load(self, task: Task, weight_decay: float, max_grad_norm: float = 1.0) -> None:
+        if not self._joined:
+            self._join()
         ray.get([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
 
     def fit(

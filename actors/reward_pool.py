@@ -7,6 +7,7 @@ transforms and combines. Batches travel by reference, one call for each.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,8 @@ class RewardPool:
     """The running application, seen from the driver."""
 
     def __init__(self, config: Config, paths: Mapping[str, str], baseline: Any, utility: Utility) -> None:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         self._name = f"rewards-{uuid.uuid4().hex[:8]}"
         app = serve.deployment(RewardIngress).options(
             name="ingress", max_ongoing_requests=64, ray_actor_options={"num_cpus": 0}

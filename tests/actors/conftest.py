@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,10 +81,10 @@ class Jobs:
         self.count += 1
         config = composed(*TINY, *self.given, f"output_dir={folder}", *overrides)
         store = Store(folder / "store")
-        job = Job(config, preflight(config, store), store, folder, View("off"))
-        job.cluster = self.cluster
+        job = Job(config, preflight(config, store), store, folder, View("off"), time.perf_counter())
+        job.roles.cluster = self.cluster
         for role in set(ROLES) - set(fresh):
-            setattr(job, role, getattr(self.warm, role))
+            setattr(job.roles, role, getattr(self.warm.roles, role))
         if "estimator" not in fresh:
             shutil.copytree(self.warm.store.root / "baseline", store.root / "baseline")
         return job

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.actors
 
 def align(job) -> list[dict[str, float]]:
     job.align()
-    return read_metrics(job.align_path)
+    return read_metrics(job.artifacts.align_path)
 
 
 def without_times(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -39,7 +39,7 @@ def test_same_metrics_with_another_number_of_generators(jobs, expected):
 def test_same_metrics_when_a_generator_is_killed(jobs, expected, monkeypatch):
     """SIGKILL between two steps and during one: its items are sampled elsewhere, with the right weights."""
     job = jobs.make()
-    generators = job.generators
+    generators = job.roles.generators
     pids = ray.get([a.apply.remote(lambda actor: os.getpid()) for a in generators._actors])
     submit, calls = generators.submit, []
 
@@ -53,7 +53,7 @@ def test_same_metrics_when_a_generator_is_killed(jobs, expected, monkeypatch):
     monkeypatch.setattr(generators, "submit", submit_and_kill)
     job.align()
     assert len(calls) > 6  # some items went out twice
-    assert without_times(read_metrics(job.align_path)) == expected
+    assert without_times(read_metrics(job.artifacts.align_path)) == expected
 
 
 def test_same_metrics_when_the_queue_is_restarted(jobs, expected, monkeypatch):
@@ -75,7 +75,7 @@ def test_same_metrics_when_the_queue_is_restarted(jobs, expected, monkeypatch):
     killer.start()
     job.align()
     killer.join()
-    assert without_times(read_metrics(job.align_path)) == expected
+    assert without_times(read_metrics(job.artifacts.align_path)) == expected
 
 
 def wait_for(things: list) -> None:
@@ -104,8 +104,8 @@ def test_rewards_are_the_formula(jobs, reward_folders, policy_folder):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     job = jobs.make()
-    (sampled,) = job.generators.sample([next(iter(items(job)))])
-    rewards: Rewards = ray.get(job.rewards.rewards(sampled.rollouts))
+    (sampled,) = job.roles.generators.sample([next(iter(items(job)))])
+    rewards: Rewards = ray.get(job.roles.rewards.rewards(sampled.rollouts))
     rollouts = ray.get(sampled.rollouts)
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     for column, name in enumerate(("helpful", "harmless")):
@@ -120,7 +120,7 @@ def test_rewards_are_the_formula(jobs, reward_folders, policy_folder):
 
         raw = [score(rollouts.prompts[g], t) for g, t in zip(rollouts.group, rollouts.texts, strict=True)]
         np.testing.assert_allclose(rewards.raw[:, column], raw, atol=1e-4)
-        base = ray.get(job.estimator.samples.remote(rollouts.prompt_ids))[name]
+        base = ray.get(job.roles.estimator.samples.remote(rollouts.prompt_ids))[name]
         if name == "helpful":
             r_ref = [np.quantile(b.astype(np.float64), 0.85) for b in base]
         else:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.actors
 
 
 def sampled(job):
-    (one,) = job.generators.sample(work_items(job.data.prompts[:2], 2, 3, seed=1, purpose="test"))
+    (one,) = job.roles.generators.sample(work_items(job.data.prompts[:2], 2, 3, seed=1, purpose="test"))
     return one.rollouts
 
 
@@ -29,14 +29,14 @@ def test_nan_reward_is_an_error_with_model_and_sample(jobs, tmp_path, reward_fol
         ValueError, match=r"reward model 'helpful' returned nan for .* first for prompt 'what is"
     ):
         job.baseline()
-    job.rewards.stop()
+    job.roles.rewards.stop()
 
 
 def test_a_killed_replica_is_replaced_and_the_call_answered(jobs):
     job = jobs.make("resources.reward.count=2", fresh=("rewards",))
     rollouts = sampled(job)
-    before = ray.get(job.rewards.raw(rollouts))
-    handle = serve.get_deployment_handle("reward-helpful", job.rewards._name)
+    before = ray.get(job.roles.rewards.raw(rollouts))
+    handle = serve.get_deployment_handle("reward-helpful", job.roles.rewards._name)
     actors = [a for a in ray.util.list_named_actors(all_namespaces=True) if "reward-helpful" in a["name"]]
     assert len(actors) == 2
     for actor in actors:  # all of them: only a restarted one can answer
@@ -45,7 +45,7 @@ def test_a_killed_replica_is_replaced_and_the_call_answered(jobs):
     deadline = time.monotonic() + 120
     while True:
         try:
-            after = ray.get(job.rewards.raw(rollouts))
+            after = ray.get(job.roles.rewards.raw(rollouts))
             break
         except ray.exceptions.RayActorError:
             assert time.monotonic() < deadline
