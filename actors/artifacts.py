@@ -123,6 +123,21 @@ class Artifacts:
             )
         return self.store.folder(stage, name)
 
+    def complete(self) -> bool:
+        """Whether every configured stage that needs Ray has its output."""
+        rewards = [
+            f"{n}-{self.reward_names[n]}" for n, m in self.config.reward_models.items() if m.path is None
+        ]
+        outputs = {
+            "sft": [self.policy_name] if self.config.policy.path is None else [],
+            "reward_models": rewards,
+            "baseline": [self.baseline_name],
+            "align": [self.align_name],
+            "evaluate": [self.evaluate_name],
+            "report": [],
+        }
+        return all(self.store.has(stage, name) for stage in self.config.stages for name in outputs[stage])
+
     def link_from(self, run: Path) -> None:
         """Points from the run's folder to what its stages made."""
         if self.config.policy.path is None and self.store.has("sft", self.policy_name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 
 import ray
 
@@ -15,8 +16,10 @@ class Cluster:
     """A connection to Ray for one run. An address wins over RAY_ADDRESS; without both, Ray is started here."""
 
     def __init__(self, config: Config) -> None:
+        started = time.perf_counter()
         address = config.resources.address or os.environ.get("RAY_ADDRESS")
         self.own = address is None
+        logging.getLogger("ray").setLevel(logging.ERROR)
         if self.own:
             _bind_locally()
         port = config.resources.dashboard_port
@@ -29,6 +32,7 @@ class Cluster:
             **(dashboard if self.own else {}),
         )
         check_offer(config, ray.cluster_resources())
+        self.seconds = time.perf_counter() - started
 
     def describe(self) -> str:
         offer = ray.cluster_resources()

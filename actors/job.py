@@ -8,8 +8,10 @@ rlhf --cfg job                             the composed configuration
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hydra
@@ -24,6 +26,7 @@ IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a s
 def main() -> None:
     """The console script. Exits with 1 and one line on a user's error."""
     os.environ.setdefault("RLHF_OUTPUT_DIR", _default_output())
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started, then exits
     _run()
 
 
@@ -63,6 +66,8 @@ def run(config: Config, folder: Path, resolved: str) -> None:
     Raises:
         ValueError: what the user gave cannot work; most of it is found before Ray starts.
     """
+    from actors.artifacts import Artifacts
+    from actors.cluster import Cluster
     from actors.preflight import preflight
     from rlhf.progress import View
     from rlhf.store import Store, link, write_atomic
@@ -75,12 +80,15 @@ def run(config: Config, folder: Path, resolved: str) -> None:
     write_atomic(folder / "config.yaml", resolved)
     store = Store(root / "store")
     data = preflight(config, store)
+    artifacts = Artifacts(config, data, store)
+    with ThreadPoolExecutor(1) as background:
+        cluster = None if artifacts.complete() else background.submit(Cluster, config)
+        from actors.roles import Roles  # seconds of imports, while Ray starts
+        from actors.stages import Job
 
-    from actors.stages import Job
-
-    job = Job(config, data, store, folder, view, started)
-    try:
-        job.execute()
-    finally:
-        job.roles.stop()
+        job = Job(config, data, artifacts, Roles(config, artifacts, cluster), folder, view, started)
+        try:
+            job.execute()
+        finally:
+            job.roles.stop()
     link(root / "latest", folder)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -16,21 +15,15 @@ from actors.generator import GeneratorPool
 from actors.learner import LearnerGroup
 from actors.reward_pool import RewardPool
 from rlhf.config import Config
-from rlhf.progress import View
 
 
 class Roles:
-    def __init__(self, config: Config, artifacts: Artifacts, view: View) -> None:
-        self.config, self.artifacts, self.view = config, artifacts, view
-        self.start_seconds = 0.0  # that Ray took to start
+    def __init__(self, config: Config, artifacts: Artifacts, starting: Future[Cluster] | None) -> None:
+        self.config, self.artifacts, self._starting = config, artifacts, starting
 
     @cached_property
     def cluster(self) -> Cluster:
-        started = time.perf_counter()
-        cluster = Cluster(self.config)
-        self.start_seconds = time.perf_counter() - started
-        self.view.line(f"ray: {cluster.describe()}, started in {self.start_seconds:.1f} s")
-        return cluster
+        return Cluster(self.config) if self._starting is None else self._starting.result()
 
     @cached_property
     def learner(self) -> LearnerGroup:
@@ -64,7 +57,7 @@ class Roles:
 
     def stop(self) -> None:
         """Ends what the job started: on a cluster its application, else Ray itself."""
-        if "cluster" in self.__dict__:
+        if "cluster" in self.__dict__ or self._starting is not None:
             if "rewards" in self.__dict__ and not self.cluster.own:
                 self.rewards.stop()
             self.cluster.stop()

@@ -24,7 +24,6 @@ from rlhf.data.prepare import RunData, demonstrations_source, preferences_source
 from rlhf.learn.tasks import AlignTask, BradleyTerryTask, SupervisedTask, Task, batch_indices, save_tokenizer
 from rlhf.logs import MetricsWriter
 from rlhf.progress import View
-from rlhf.store import Store
 from rlhf.types import Prompt, WorkItem
 
 FIT_CHUNK = 20  # steps of supervised training between two reports
@@ -37,14 +36,19 @@ class Job:
     """
 
     def __init__(
-        self, config: Config, data: RunData, store: Store, run: Path, view: View, started: float
+        self,
+        config: Config,
+        data: RunData,
+        artifacts: Artifacts,
+        roles: Roles,
+        run: Path,
+        view: View,
+        started: float,
     ) -> None:
-        self.config, self.data, self.store, self.run, self.view = config, data, store, run, view
+        self.config, self.data, self.artifacts, self.roles = config, data, artifacts, roles
+        self.store, self.run, self.view, self._started = artifacts.store, run, view, started
         self.seconds: dict[str, float] = {}
         self.skipped: list[str] = []
-        self._started = started
-        self.artifacts = Artifacts(config, data, store)
-        self.roles = Roles(config, self.artifacts, view)
 
     def execute(self) -> None:
         stages: dict[str, Callable[[], None]] = {
@@ -55,6 +59,7 @@ class Job:
             "evaluate": self.evaluate,
             "report": self.report,
         }
+        self.seconds["start"] = time.perf_counter() - self._started
         for name in STAGES:
             if name in self.config.stages:
                 started = time.perf_counter()
@@ -75,9 +80,9 @@ class Job:
             return self._skip("sft", f"done before ({self.artifacts.policy_name})")
         from rlhf.learn.tokenise import demonstration_tokens, tokenizer_folder
 
-        _ = self.roles.learner  # starts while the data is tokenised
-        tokenizer = policy.init_from or str(tokenizer_folder(self.config, self.data, self.store))
-        tokens = demonstration_tokens(self.config, tokenizer, demonstrations_source(self.data))
+        with self.roles.starting("learner"):
+            tokenizer = policy.init_from or str(tokenizer_folder(self.config, self.data, self.store))
+            tokens = demonstration_tokens(self.config, tokenizer, demonstrations_source(self.data))
         task = SupervisedTask(policy.init_from, policy.architecture, tokenizer, self.config.seed)
 
         def fill(folder: Path) -> None:

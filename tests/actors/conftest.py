@@ -72,7 +72,9 @@ class Jobs:
         self.warm.baseline()
 
     def make(self, *overrides: str, fresh: tuple[str, ...] = ()) -> Job:
+        from actors.artifacts import Artifacts
         from actors.preflight import preflight
+        from actors.roles import Roles
         from actors.stages import Job
         from rlhf.progress import View
         from rlhf.store import Store
@@ -81,8 +83,11 @@ class Jobs:
         self.count += 1
         config = composed(*TINY, *self.given, f"output_dir={folder}", *overrides)
         store = Store(folder / "store")
-        job = Job(config, preflight(config, store), store, folder, View("off"), time.perf_counter())
-        job.roles.cluster = self.cluster
+        data = preflight(config, store)
+        artifacts = Artifacts(config, data, store)
+        roles = Roles(config, artifacts, None)
+        roles.cluster = self.cluster
+        job = Job(config, data, artifacts, roles, folder, View("off"), time.perf_counter())
         for role in set(ROLES) - set(fresh):
             setattr(job.roles, role, getattr(self.warm.roles, role))
         if "estimator" not in fresh:
