@@ -26,7 +26,9 @@ IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a s
 def main() -> None:
     """The console script. Exits with 1 and one line on a user's error."""
     os.environ.setdefault("RLHF_OUTPUT_DIR", _default_output())
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started, then exits
+    signal.signal(
+        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+    )  # ends what was started, then exits
     _run()
 
 
@@ -86,7 +88,9 @@ def run(config: Config, folder: Path, resolved: str) -> None:
         from actors.roles import Roles  # seconds of imports, while Ray starts
         from actors.stages import Job
 
-        job = Job(config, data, artifacts, Roles(config, artifacts, cluster), folder, view, started)
+        job = Job(
+            config, data, artifacts, Roles(config, artifacts, cluster, view.line), folder, view, started
+        )
         try:
             job.execute()
         finally:

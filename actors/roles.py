@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,12 +18,20 @@ from rlhf.config import Config
 
 
 class Roles:
-    def __init__(self, config: Config, artifacts: Artifacts, starting: Future[Cluster] | None) -> None:
-        self.config, self.artifacts, self._starting = config, artifacts, starting
+    def __init__(
+        self,
+        config: Config,
+        artifacts: Artifacts,
+        starting: Future[Cluster] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.artifacts, self._starting, self._say = config, artifacts, starting, say
 
     @cached_property
     def cluster(self) -> Cluster:
-        return Cluster(self.config) if self._starting is None else self._starting.result()
+        cluster = Cluster(self.config) if self._starting is None else self._starting.result()
+        self._say(f"ray: {cluster.describe()}, started in {cluster.seconds:.1f} s")
+        return cluster
 
     @cached_property
     def learner(self) -> LearnerGroup:

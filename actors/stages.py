@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,8 @@ class Job:
             tokens = demonstration_tokens(self.config, tokenizer, demonstrations_source(self.data))
         task = SupervisedTask(policy.init_from, policy.architecture, tokenizer, self.config.seed)
 
-        def fill(folder: Path) -> None:
-            self._fit("sft", task, tokens, policy.training, folder)
-            save_tokenizer(tokenizer, folder)
-
-        self.store.make("sft", self.artifacts.policy_name, fill)
+        fit = partial(self._fit, "sft", task, tokens, tokenizer, policy.training)
+        self.store.make("sft", self.artifacts.policy_name, fit)
         return None
 
     def reward_models(self) -> None:
@@ -107,14 +105,14 @@ class Job:
             tokens = preference_tokens(self.config, name, start, preferences_source(self.data, name))
             task = BradleyTerryTask(name, start, self.config.seed)
 
-            def fill(folder: Path, n: str = name, t: Task = task, d: Any = tokens, s: str = start) -> None:
-                self._fit(f"reward {n}", t, d, self.config.reward_models[n].training, folder)
-                save_tokenizer(s, folder)
+            assert model.training is not None
+            fit = partial(self._fit, f"reward {name}", task, tokens, start, model.training)
+            self.store.make("reward_models", made, fit)
 
-            self.store.make("reward_models", made, fill)
-
-    def _fit(self, name: str, task: Task, data: Any, training: TrainingConfig, folder: Path) -> None:
-        """Supervised or Bradley-Terry training, saved to `folder` with its metrics."""
+    def _fit(
+        self, name: str, task: Task, data: Any, tokenizer: str, training: TrainingConfig, folder: Path
+    ) -> None:
+        """Supervised or Bradley-Terry training, saved to `folder` with its tokenizer and metrics."""
         with self.view.stage(name, training.steps) as progress:
             self.roles.learner.load(task, training.weight_decay)
             reference = ray.put(data)
@@ -129,6 +127,7 @@ class Job:
                 )
             writer.close()
             self.roles.learner.save(folder)
+            save_tokenizer(tokenizer, folder)
 
     def baseline(self) -> None:
         if self.store.has("baseline", self.artifacts.baseline_name):

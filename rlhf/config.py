@@ -77,7 +77,7 @@ class RewardModelConfig:
     init_from: str | None  # the model that training starts from; null: the base policy
     preferences: str | None  # pairs to train on; null: the microcosm's, by the model's name
     chat_template: str | None
-    training: TrainingConfig
+    training: TrainingConfig | None  # null only where path is given
     weight: float  # of its utility in the combination
     reference: str  # r_ref: quantile | canned | mean | constant
     canned: list[str]  # responses whose mean reward is r_ref, for reference=canned
@@ -311,6 +311,10 @@ def _check_inputs(config: Config) -> None:
                 f"give reward_models.{name}.path or .preferences: the microcosm has pairs for helpful and harmless",
             )
     for name, model in models.items():
+        _refuse(
+            model.path is None and model.training is None,
+            f"give reward_models.{name}.path (a finished model) or reward_models.{name}.training",
+        )
         _refuse(
             model.reference == "canned" and not model.canned,
             f"reward_models.{name}.reference=canned needs reward_models.{name}.canned, a list of responses",

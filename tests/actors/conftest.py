@@ -85,7 +85,7 @@ class Jobs:
         store = Store(folder / "store")
         data = preflight(config, store)
         artifacts = Artifacts(config, data, store)
-        roles = Roles(config, artifacts, None)
+        roles = Roles(config, artifacts, None, lambda _: None)
         roles.cluster = self.cluster
         job = Job(config, data, artifacts, roles, folder, View("off"), time.perf_counter())
         for role in set(ROLES) - set(fresh):

@@ -1,0 +1,57 @@
+"""What is refused before Ray starts, and how it is said."""
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from rlhf.config import typed
+
+FILES = ["data=files", "data.prompts=p.jsonl", "policy.path=p"]
+GIVEN = [*FILES, "reward_models.helpful.path=h", "reward_models.harmless.path=s"]
+
+
+def config(*overrides: str):
+    with initialize_config_module("conf", version_base=None):
+        return typed(compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["experiment=quick"], ["utility=linear"], ["deepspeed=zero3"], GIVEN]
+)
+@pytest.mark.parametrize("more", [[], ["resources=cluster"], ["baseline=gaussian"]])
+def test_shipped_choices_are_accepted(overrides, more):
+    assert config(*overrides, *more).reward_models.keys() == {"helpful", "harmless"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+align.epochs=2"], r"'align.epochs'"),
+        (["align.steps=many"], r"'align.steps'.*many"),
+        (["align.steps=0"], r"align.steps=0 must be above 0"),
+        (["stages=[sft,train]"], r"stages: 'train' is not one of sft, reward_models"),
+        (["align.samples_per_prompt=1"], r"align.samples_per_prompt=1: .* at least 2"),
+        (["align.prompts_per_step=20"], r"align.prompts_per_step=20 must be a multiple of .*=16"),
+        (["align.staleness=-1"], r"align.staleness=-1 must be 0 or more"),
+        (["align.kl_coef=[[5, 0.1]]"], r"align.kl_coef: the steps of a schedule begin at 0"),
+        (["align.kl_coef=high"], r"align.kl_coef must be a number or"),
+        (["align.kl_coef=-0.1"], r"align.kl_coef must not be negative"),
+        (["baseline.level=1.0"], r"baseline.level=1.0 must be within"),
+        (["deepspeed.zero_stage=4"], r"deepspeed.zero_stage=4 is not one of 0, 1, 2, 3"),
+        (["utility.transform=linear"], r"utility.combine=and needs .* \(lsc\), not linear"),
+        (["reward_models.helpful.weight=2"], r"reward_models.helpful.weight=2.0: utility.combine=and"),
+        (["reward_models.harmless.canned=[]"], r"reward_models.harmless.reference=canned needs .*canned"),
+        (["reward_models.helpful.reference=best"], r"reward_models.helpful.reference=best is not one of"),
+        (["data.prompts=x.jsonl"], r"data.prompts needs data=files"),
+        (["data=files"], r"data.prompts is missing"),
+        (FILES, r"give reward_models.helpful.path .* or reward_models.helpful.preferences"),
+        (
+            ["data=files", "data.prompts=p.jsonl"],
+            r"give policy.path .* policy.init_from and data.demonstrations",
+        ),
+        ([*GIVEN, "data.judge=microcosm"], r"data.judge=microcosm needs the microcosm's prompts"),
+        (["resources.max_reward_replicas=0"], r"max_reward_replicas=0 is below"),
+    ],
+)
+def test_impossible_values_are_refused_by_key(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        config(*overrides)

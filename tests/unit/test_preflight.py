@@ -1,0 +1,113 @@
+"""The checks of data, models and machine before Ray starts (they need none)."""
+
+import json
+import os
+import socket
+
+import pytest
+
+from actors.preflight import preflight
+from rlhf.store import Store
+from tests.tiny import save_reward_model
+from tests.unit.test_config import config
+
+
+@pytest.fixture
+def given(tmp_path, policy_folder, reward_folders):
+    """`given(rows, *overrides)` runs the preflight on a prompts file of these rows."""
+
+    def run(rows, *overrides):
+        path = tmp_path / "prompts.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = [
+            "data=files",
+            f"data.prompts={path}",
+            "data.eval_size=1",
+            f"policy.path={policy_folder}",
+            *(f"reward_models.{name}.path={folder}" for name, folder in reward_folders.items()),
+        ]
+        return preflight(config(*values, *overrides), Store(tmp_path / "store"))
+
+    return run
+
+
+def prompt(text: str) -> dict:
+    return {"prompt": [{"role": "user", "content": text}]}
+
+
+GOOD = [prompt("what is tea ?"), prompt("what is bread ?"), prompt("is tea good ?")]
+
+
+def test_good_input_passes_and_holds_out(given):
+    data = given(GOOD)
+    assert (len(data.prompts), len(data.eval_prompts)) == (2, 1)
+    assert not {p.id for p in data.prompts} & {p.id for p in data.eval_prompts}
+
+
+def test_missing_and_empty_files(given, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.jsonl: no such file"):
+        given(GOOD, "data.prompts=nowhere.jsonl")
+    with pytest.raises(ValueError, match=r"prompts.jsonl: the dataset is empty"):
+        given([])
+
+
+def test_row_without_a_prompt_names_file_and_line(given):
+    with pytest.raises(ValueError, match=r"prompts.jsonl:2.* no prompt"):
+        given([GOOD[0], {"question": "what is tea ?"}, GOOD[1]])
+
+
+def test_prompt_longer_than_the_model_names_the_row(given):
+    with pytest.raises(
+        ValueError, match=r"prompts.jsonl:2: a prompt of 1\d\d tokens .* the policy's 128 positions"
+    ):
+        given([GOOD[0], prompt("tea " * 110), GOOD[1]])
+
+
+def test_all_prompts_held_out(given):
+    with pytest.raises(ValueError, match=r"data.eval_size=3 would hold out all of the 3 prompts"):
+        given(GOOD, "data.eval_size=3")
+
+
+def test_missing_policy(given, tmp_path):
+    with pytest.raises(ValueError, match=r"policy.path=/nowhere/policy: no such folder"):
+        given(GOOD, "policy.path=/nowhere/policy")
+    with pytest.raises(ValueError, match=r"policy.path=.*: the folder holds no config.json"):
+        given(GOOD, f"policy.path={tmp_path}")
+
+
+def test_reward_model_with_two_labels(given, tmp_path):
+    folder = save_reward_model(tmp_path / "two", seed=0, labels=2)
+    with pytest.raises(
+        ValueError, match=r"reward_models.helpful.path: a reward model has one label, .* has 2"
+    ):
+        given(GOOD, f"reward_models.helpful.path={folder}")
+
+
+def test_conversation_without_a_chat_template_names_the_key(given, tmp_path):
+    folder = save_reward_model(tmp_path / "plain", seed=0)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"reward_models.harmless.chat_template"):
+        given(GOOD, f"reward_models.harmless.path={folder}")
+    given(GOOD, f"reward_models.harmless.path={folder}", "reward_models.harmless.chat_template=hh")
+
+
+def test_more_ranks_than_cpus_says_both_numbers(given):
+    here = len(os.sched_getaffinity(0))
+    with pytest.raises(ValueError, match=rf"resources.learner.count=99 asks for 99 .* has {here} CPUs"):
+        given(GOOD, "resources.learner.count=99", "resources.learner.cpus=0.001")
+    with pytest.raises(ValueError, match=r"the roles ask for .* CPUs together, there are"):
+        given(GOOD, "resources.generators.cpus=99")
+
+
+def test_port_in_use(given):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"resources.dashboard_port={port}: the port is in use"):
+            given(GOOD, f"resources.dashboard_port={port}")
+
+
+def test_unknown_transform(given):
+    with pytest.raises(ValueError, match=r"utility.transform=square is not one of .*lsc"):
+        given(GOOD, "utility=linear", "utility.transform=square")
