@@ -59,7 +59,9 @@ class Generator:
         )
 
     def set_weights(self, weights: Any, version: int) -> None:
-        assert self._engine is not None
+        """Takes published weights; nothing, if this process was restarted and has no policy yet."""
+        if self._engine is None:
+            return
         self._engine.set_weights(weights.arrays(), version)
 
     def generate(self, item: WorkItem) -> tuple[Rollouts, Summary] | tuple[None, None]:

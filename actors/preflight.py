@@ -38,9 +38,12 @@ def _check_names(config: Config) -> None:
 
 def _check_policy(config: Config, data: RunData) -> None:
     from rlhf.data.chat import ChatFormat
+    from rlhf.data.demonstrations import load_demonstrations
     from rlhf.models.load import load_config, load_tokenizer, max_positions
 
     policy = config.policy
+    if policy.path is None and config.data.demonstrations is not None:
+        load_demonstrations(config.data.demonstrations)
     path, key = (policy.path, "policy.path") if policy.path else (policy.init_from, "policy.init_from")
     if path is None:
         return
@@ -65,5 +68,5 @@ def _check_reward_models(config: Config, data: RunData) -> None:
                 check_reward_config(found, key)
             chat = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", model.chat_template)
             chat.conversation_tokens(data.prompts[0].content, "A response.")
-        if model.path is None and config.data.microcosm is None:
-            load_preferences(data.preferences[name] or "")
+        if model.path is None and model.preferences is not None:
+            load_preferences(model.preferences, config.data.tolerated_share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -28,7 +29,8 @@ class ExperienceQueue:
         return self._queue.missing(items) or self._queue.lease(items)
 
     def acknowledge(self, lease: int) -> None:
-        self._queue.acknowledge(lease)
+        with suppress(KeyError):  # a lease of before a restart: its items are not here either
+            self._queue.acknowledge(lease)
 
     def give_back(self, lease: int) -> None:
         self._queue.give_back(lease)

@@ -35,6 +35,7 @@ class DataConfig:
     eval_size: int  # evaluation prompts used, at most
     train_size: int | None  # training prompts used, at most; null: all
     demonstrations: str | None  # for the sft stage
+    tolerated_share: float  # of preference rows that are no pair: left out and counted; more is an error
     judge: str | None  # "microcosm", or null: the reward models judge
 
 
@@ -257,6 +258,8 @@ def _check_numbers(config: Config) -> None:
         f"align.prompts_per_step={align.prompts_per_step} must be a multiple of "
         f"rollout.prompts_per_item={config.rollout.prompts_per_item}",
     )
+    share = config.data.tolerated_share
+    _refuse(not 0 <= share < 1, f"data.tolerated_share={share} must be within [0, 1)")
     _refuse(
         not 0 < config.baseline.level < 1, f"baseline.level={config.baseline.level} must be within (0, 1)"
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from rlhf.config import MicrocosmConfig
 from rlhf.data import microcosm_world as world
 from rlhf.data.microcosm_answers import Answer, broad, draft, edit, render
 from rlhf.data.microcosm_judge import (
@@ -40,7 +41,6 @@ __all__ = [
     "CANNED_REFUSALS",
     "GOLD_REFERENCE",
     "STOCK_PHRASES",
-    "MicrocosmSize",
     "build_tokenizer",
     "is_refusal",
     "judge",
@@ -67,16 +67,6 @@ MODEL_MAX_LENGTH = 256
 
 
 @dataclass(frozen=True)
-class MicrocosmSize:
-    """How much of the microcosm is written."""
-
-    demonstrations: int
-    pairs: int  # of each property
-    eval_share: float  # share of the prompts held out
-    seed: int
-
-
-@dataclass(frozen=True)
 class _Asked:
     """A prompt and the topic that it asks about."""
 
@@ -87,7 +77,7 @@ class _Asked:
         return [{"role": "user", "content": self.text}]
 
 
-def write(directory: Path, size: MicrocosmSize) -> None:
+def write(directory: Path, size: MicrocosmConfig) -> None:
     """Writes prompts.jsonl, eval_prompts.jsonl, demonstrations.jsonl, preferences_helpful.jsonl and
     preferences_harmless.jsonl; the same size gives the same bytes. Held-out prompts are in
     eval_prompts.jsonl only.
@@ -114,11 +104,11 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     beside.replace(path)
 
 
-def _rng(size: MicrocosmSize, purpose: str) -> Random:
+def _rng(size: MicrocosmConfig, purpose: str) -> Random:
     return Random(f"microcosm:{size.seed}:{purpose}")
 
 
-def _split(size: MicrocosmSize) -> tuple[list[_Asked], list[_Asked]]:
+def _split(size: MicrocosmConfig) -> tuple[list[_Asked], list[_Asked]]:
     """Training and held-out prompts; every topic has the same share held out."""
     if not 0 < size.eval_share < 1:
         raise ValueError(f"microcosm.eval_share: {size.eval_share} is not between 0 and 1")
@@ -143,7 +133,7 @@ def _assistant(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def _demonstrations(train: list[_Asked], size: MicrocosmSize) -> Iterator[dict[str, Any]]:
+def _demonstrations(train: list[_Asked], size: MicrocosmConfig) -> Iterator[dict[str, Any]]:
     rng = _rng(size, "demonstrations")
     weights = [asked.topic.frequency for asked in train]
     for asked in rng.choices(train, weights, k=size.demonstrations):
@@ -168,7 +158,7 @@ def _two_answers(rng: Random, topic: Topic) -> tuple[Answer, Answer]:
 
 
 def _preferences(
-    train: list[_Asked], size: MicrocosmSize, name: str, value: Callable[[Topic, str], float]
+    train: list[_Asked], size: MicrocosmConfig, name: str, value: Callable[[Topic, str], float]
 ) -> Iterator[dict[str, Any]]:
     """Pairs of clearly different value, labelled with noise."""
     rng = _rng(size, name)

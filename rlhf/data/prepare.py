@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import Config
-from rlhf.data.microcosm import MicrocosmSize, write
+from rlhf.data.microcosm import write
 from rlhf.data.prompts import load_prompts
 from rlhf.store import Store, fingerprint
 from rlhf.types import Prompt
@@ -38,7 +38,7 @@ def prepare(config: Config, store: Store) -> RunData:
         prompts, held_out = _split(config, load_prompts(data.prompts))
         demonstrations, preferences = data.demonstrations, given
     else:
-        size = MicrocosmSize(**vars(data.microcosm))
+        size = data.microcosm
         name = fingerprint(size)
         folder = store.folder("microcosm", name)
         if not store.has("microcosm", name):

@@ -50,7 +50,7 @@ def preference_tokens(config: Config, name: str, start: str, source: str) -> Pre
         load_tokenizer(start, key), f"reward model '{name}'", config.reward_models[name].chat_template
     )
     chosen, rejected = [], []
-    for pair in load_preferences(source):
+    for pair in load_preferences(source, config.data.tolerated_share):
         chosen.append(chat.conversation_tokens(pair.prompt, pair.chosen))
         rejected.append(chat.conversation_tokens(pair.prompt, pair.rejected))
         _check(pair.source, max(len(chosen[-1]), len(rejected[-1])), limit)
@@ -82,7 +82,7 @@ def _texts(config: Config, data: RunData) -> Iterator[str]:
         for example in load_demonstrations(data.demonstrations):
             yield from (*_said(example.prompt), example.response)
     for source in data.preferences.values():
-        for pair in load_preferences(source) if source else []:
+        for pair in load_preferences(source, config.data.tolerated_share) if source else []:
             yield from (*_said(pair.prompt), pair.chosen, pair.rejected)
     for model in config.reward_models.values():
         yield from model.canned

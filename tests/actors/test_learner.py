@@ -15,7 +15,7 @@ from rlhf.types import Ragged
 
 pytestmark = pytest.mark.actors
 TRAINING = TrainingConfig(steps=4, batch_size=6, learning_rate=0.01, warmup_steps=1, weight_decay=0.1)
-ARCHITECTURE = ArchitectureConfig(0, 0, 0, 0, 0)
+ARCHITECTURE = ArchitectureConfig(0, 0, 0, 0, 0, "", 0.0)  # not used: the task starts from a policy
 
 
 def data() -> TokenPairs:

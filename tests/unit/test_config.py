@@ -4,6 +4,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from rlhf.config import typed
+from rlhf.data.microcosm import CANNED_REFUSALS
 
 FILES = ["data=files", "data.prompts=p.jsonl", "policy.path=p"]
 GIVEN = [*FILES, "reward_models.helpful.path=h", "reward_models.harmless.path=s"]
@@ -20,6 +21,10 @@ def config(*overrides: str):
 @pytest.mark.parametrize("more", [[], ["resources=cluster"], ["baseline=gaussian"]])
 def test_shipped_choices_are_accepted(overrides, more):
     assert config(*overrides, *more).reward_models.keys() == {"helpful", "harmless"}
+
+
+def test_the_canned_refusals_are_the_microcosms():
+    assert tuple(config().reward_models["harmless"].canned) == CANNED_REFUSALS
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pytest
 
 from rlhf.data import microcosm, microcosm_judge
 from rlhf.data import microcosm_world as world
-from rlhf.data.microcosm import MicrocosmSize, build_tokenizer, is_refusal, judge
+from rlhf.data.microcosm import MicrocosmConfig, build_tokenizer, is_refusal, judge
 
-SIZE = MicrocosmSize(demonstrations=400, pairs=1500, eval_share=0.2, seed=3)
+SIZE = MicrocosmConfig(demonstrations=400, pairs=1500, eval_share=0.2, seed=3)
 FILES = ("prompts", "eval_prompts", "demonstrations", "preferences_helpful", "preferences_harmless")
 BREAD = {"topic": "bake bread", "unsafe": False}
 EXAM = {"topic": "cheat in an exam", "unsafe": True}
@@ -90,10 +90,10 @@ def test_refusals() -> None:
 
 
 def test_same_size_same_bytes(tmp_path: Path) -> None:
-    small = MicrocosmSize(demonstrations=50, pairs=50, eval_share=0.25, seed=1)
+    small = MicrocosmConfig(demonstrations=50, pairs=50, eval_share=0.25, seed=1)
     for name in ("one", "two"):
         microcosm.write(tmp_path / name, small)
-    microcosm.write(tmp_path / "other", MicrocosmSize(50, 50, 0.25, seed=2))
+    microcosm.write(tmp_path / "other", MicrocosmConfig(50, 50, 0.25, seed=2))
     for file in FILES:
         one, two, other = ((tmp_path / d / f"{file}.jsonl").read_bytes() for d in ("one", "two", "other"))
         assert one == two
@@ -118,7 +118,7 @@ def test_sizes_and_split(rows: Rows) -> None:
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_impossible_share_is_refused(tmp_path: Path, share: float) -> None:
     with pytest.raises(ValueError, match="eval_share"):
-        microcosm.write(tmp_path, MicrocosmSize(10, 10, share, 0))
+        microcosm.write(tmp_path, MicrocosmConfig(10, 10, share, 0))
 
 
 def _gold(row: dict[str, Any], answer: str, name: str) -> float:
