@@ -127,8 +127,9 @@ class LearnerGroup:
         return [rank.align.remote(batch, kl_coef, learning_rate) for rank in self.ranks]
 
     def weights(self) -> ray.ObjectRef:
-        """Starts the gathering of weights; the reference of rank 0's."""
-        return next(rank.weights.remote() for rank in self.ranks)
+        """Starts the gathering of weights, on every rank; the reference of rank 0's."""
+        first, *_ = [rank.weights.remote() for rank in self.ranks]
+        return first
 
     def save(self, path: Path) -> None:
         ray.get([rank.save.remote(str(path)) for rank in self.ranks])

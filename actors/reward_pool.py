@@ -134,7 +134,7 @@ def _deployment(name: str, resources: ResourcesConfig) -> Any:
         "max_ongoing_requests": 4,
         "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus},
     }
-    if resources.max_reward_replicas > role.count:
+    if resources.max_reward_replicas is not None:
         options["autoscaling_config"] = {
             "min_replicas": role.count,
             "initial_replicas": role.count,

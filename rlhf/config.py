@@ -151,7 +151,7 @@ class ResourcesConfig:
     generators: RoleConfig
     learner: RoleConfig
     reward: RoleConfig
-    max_reward_replicas: int  # above reward.count: Serve adds replicas under load
+    max_reward_replicas: int | None  # Serve adds replicas of a model up to this under load; null: never
     master_port: int | None  # of the learner's process group; null: any free one
     dashboard_port: int | None  # of Ray's dashboard; null: none
 
@@ -267,7 +267,7 @@ def _check_numbers(config: Config) -> None:
         schedule_values = _schedule_values(f"align.{key}", getattr(align, key))
         _refuse(min(schedule_values) < 0, f"align.{key} must not be negative")
     _refuse(
-        resources.max_reward_replicas < resources.reward.count,
+        resources.max_reward_replicas is not None and resources.max_reward_replicas < resources.reward.count,
         f"resources.max_reward_replicas={resources.max_reward_replicas} is below "
         f"resources.reward.count={resources.reward.count}",
     )

@@ -12,7 +12,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
     >>> c = TrainingConfig(steps=100, batch_size=1, learning_rate=1.0, warmup_steps=10, weight_decay=0.0)
     >>> learning_rate(0, c), learning_rate(9, c), round(learning_rate(54, c), 3)
-    (0.1, 1.0, 0.509)
+    (0.1, 1.0, 0.517)
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps

@@ -130,11 +130,7 @@ class Trainer:
         return parts + [MicroBatch(_nothing, 0)] * (most - len(parts))
 
     def _full(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """A whole parameter, float32 on the CPU; every rank takes part (ZeRO 3 keeps parameters apart).
-
-        Not by `GatheredParameters`: it leaves out parameters that it believes in use, which ranks may see
-        differently, and then a rank waits for ever.
-        """
+        """A whole parameter, float32 on the CPU; every rank takes part (ZeRO 3 keeps parameters apart)."""
         if self.stage == 3:
             from deepspeed.utils import safe_get_full_fp32_param
 
