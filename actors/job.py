@@ -7,6 +7,7 @@ rlhf --cfg job                             the composed configuration
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -73,6 +74,7 @@ def run(config: Config, folder: Path, resolved: str) -> None:
     from actors.preflight import preflight
     from rlhf.progress import View
     from rlhf.store import Store, link, write_atomic
+    from rlhf.versions import versions
 
     started = time.perf_counter()
     view = View(config.logging.live)
@@ -80,6 +82,7 @@ def run(config: Config, folder: Path, resolved: str) -> None:
     view.line(f"run {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "config.yaml", resolved)
+    write_atomic(folder / "versions.json", json.dumps(versions(), indent=1))
     store = Store(root / "store")
     data = preflight(config, store)
     artifacts = Artifacts(config, data, store)

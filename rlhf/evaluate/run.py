@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 from typing import Any
 
 import numpy as np
 
-from rlhf import __version__
 from rlhf.config import Config
 from rlhf.data.microcosm import STOCK_PHRASES, is_refusal
 from rlhf.evaluate.hacking import Lexicon
@@ -19,8 +15,8 @@ from rlhf.evaluate.record import RunRecord, load_samples
 from rlhf.evaluate.samples import PolicySamples
 from rlhf.logs import read_metrics
 from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
+from rlhf.versions import versions
 
-PACKAGES = ("ray", "torch", "transformers", "deepspeed", "datasets", "hydra-core", "numpy")
 EXAMPLES = 6  # prompts whose base reward distribution is drawn
 
 
@@ -71,19 +67,3 @@ def _examples(
         }
         for name, rule in rules.items()
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of what matters, and the commit the code is at."""
-    found = {"rlhf": __version__, "python": python_version(), **{name: version(name) for name in PACKAGES}}
-    root = Path(__file__).resolve().parents[2]
-    try:
-        found["commit"] = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        found["commit"] = "not in a git checkout"
-    return found
