@@ -31,7 +31,8 @@ class Cluster:
             configure_logging=False,
             **(dashboard if self.own else {}),
         )
-        check_offer(config, ray.cluster_resources())
+        offer = ray.cluster_resources()
+        check_offer(config, {kind: offer.get(kind, 0.0) for kind in ("CPU", "GPU")})
         self.seconds = time.perf_counter() - started
 
     def describe(self) -> str:

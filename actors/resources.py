@@ -43,7 +43,7 @@ def check_machine(config: Config) -> None:
     """What can be known before Ray starts.
 
     Raises:
-        ValueError: more processes of a role than CPUs here, or a port in use; it names the key and the number.
+        ValueError: more learner ranks or CPUs than there are here, or a port in use; it names the key and the number.
     """
     resources = config.resources
     if resources.address is None and "RAY_ADDRESS" not in os.environ:
@@ -62,18 +62,20 @@ def check_machine(config: Config) -> None:
 
 
 def check_offer(config: Config, offered: dict[str, float]) -> None:
-    """Refuses to start what the cluster can never place (an autoscaling cluster may yet grow)."""
+    """Refuses what can never be placed; `offered` has what is known, by "CPU" and "GPU".
+
+    An autoscaling cluster may yet grow: there nothing is refused.
+    """
     if config.resources.autoscaling:
         return
-    for kind, amount in asked(config).items():
-        if kind in offered or amount > 0:
-            have = offered.get(kind, 0.0) if kind in offered or kind == "CPU" else None
-            if have is not None and amount > have + 1e-6:
-                raise ValueError(
-                    f"resources: the roles ask for {amount:g} {kind}s together, there are {have:g}; lower "
-                    f"the counts or {kind.lower()}s of resources.{{generators,learner,reward}}, "
-                    "or set resources.autoscaling=true"
-                )
+    roles = asked(config)
+    for kind, have in offered.items():
+        if roles[kind] > have + 1e-6:
+            raise ValueError(
+                f"resources: the roles ask for {roles[kind]:g} {kind}s together, there are {have:g}; lower "
+                f"the counts or {kind.lower()}s of resources.{{generators,learner,reward}}, "
+                "or set resources.autoscaling=true"
+            )
 
 
 def check_port(key: str, port: int) -> None:

@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from actors.preflight import preflight
+from actors.resources import check_offer
 from rlhf.store import Store
 from tests.tiny import save_reward_model
 from tests.unit.test_config import config
@@ -97,6 +98,13 @@ def test_more_ranks_than_cpus_says_both_numbers(given):
         given(GOOD, "resources.learner.count=99", "resources.learner.cpus=0.001")
     with pytest.raises(ValueError, match=r"the roles ask for .* CPUs together, there are"):
         given(GOOD, "resources.generators.cpus=99")
+
+
+def test_gpus_that_a_cluster_lacks_are_refused_unless_it_grows():
+    asking = ["resources.learner={count: 2, cpus: 0.1, gpus: 1}"]
+    with pytest.raises(ValueError, match=r"the roles ask for 2 GPUs together, there are 0"):
+        check_offer(config(*asking), {"CPU": 8.0, "GPU": 0.0})
+    check_offer(config(*asking, "resources.autoscaling=true"), {"CPU": 8.0, "GPU": 0.0})
 
 
 def test_port_in_use(given):
