@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from rlhf.config import Config
-from rlhf.data.prepare import RunData, demonstrations_source, preferences_source
+from rlhf.config import Config, RewardModelConfig
+from rlhf.data.prepare import RunData, demonstrations_source, evaluator_source, preferences_source
 from rlhf.store import Store, fingerprint, link, source_fingerprint
 from rlhf.utility.pipeline import Utility
 from rlhf.utility.statistics import ReferenceRule
@@ -21,14 +21,22 @@ class Artifacts:
     @cached_property
     def utility(self) -> Utility:
         weights = {name: model.weight for name, model in self.config.reward_models.items()}
-        return Utility(self.config.utility.transform, self.config.utility.combine, weights)
+        utility = self.config.utility
+        return Utility(utility.transform, utility.combine, utility.parameters, weights)
 
     @cached_property
     def rules(self) -> dict[str, ReferenceRule]:
+        return self._rules(self.config.reward_models)
+
+    @cached_property
+    def evaluator_rules(self) -> dict[str, ReferenceRule]:
+        return self._rules(self.config.evaluators)
+
+    def _rules(self, models: dict[str, RewardModelConfig]) -> dict[str, ReferenceRule]:
         b = self.config.baseline
         return {
             name: ReferenceRule(kind=m.reference, level=b.level, estimator=b.estimator, constant=m.constant)
-            for name, m in self.config.reward_models.items()
+            for name, m in models.items()
         }
 
     @cached_property
@@ -44,35 +52,63 @@ class Artifacts:
 
     @cached_property
     def reward_names(self) -> dict[str, str]:
+        models = self.config.reward_models
+        sources = {n: preferences_source(self.data, n) for n, m in models.items() if m.path is None}
+        return self._trained_names(models, sources, self.config.seed)
+
+    @cached_property
+    def evaluator_names(self) -> dict[str, str]:
+        models = self.config.evaluators
+        sources = {n: evaluator_source(self.data, n) for n, m in models.items() if m.path is None}
+        return self._trained_names(models, sources, self.evaluator_seed)
+
+    @property
+    def evaluator_seed(self) -> int:
+        """Of the evaluators' training: another than that of the models they check."""
+        return self.config.seed + 1_000_003
+
+    def _trained_names(
+        self, models: dict[str, RewardModelConfig], sources: dict[str, str], seed: int
+    ) -> dict[str, str]:
         names = {}
-        for name, model in self.config.reward_models.items():
+        for name, model in models.items():
             if model.path is not None:
                 names[name] = source_fingerprint(model.path)
                 continue
             start = source_fingerprint(model.init_from) if model.init_from else self.policy_name
-            pairs = source_fingerprint(preferences_source(self.data, name))
+            pairs = source_fingerprint(sources[name])
             names[name] = fingerprint(
-                "reward",
-                start,
-                pairs,
-                model.chat_template,
-                model.training,
-                self.config.deepspeed,
-                self.config.seed,
+                "reward", start, pairs, model.chat_template, model.training, self.config.deepspeed, seed
             )
         return names
 
     @cached_property
+    def baseline_keys(self) -> dict[str, str]:
+        """What the base policy's rewards by each model depend on, whatever the prompts and their number."""
+        c = self.config
+        sampled = (self.policy_name, c.policy.chat_template, c.rollout.max_new_tokens, c.rollout.temperature)
+        models = c.reward_models
+        return {
+            n: fingerprint(sampled, name, models[n].chat_template) for n, name in self.reward_names.items()
+        }
+
+    @cached_property
     def baseline_name(self) -> str:
-        canned = {n: m.canned for n, m in self.config.reward_models.items() if m.reference == "canned"}
+        b, models = self.config.baseline, self.config.reward_models
+        adaptive = (
+            (b.tolerance, b.max_samples, {n: vars(r) for n, r in self.rules.items()}) if b.tolerance else None
+        )
         return fingerprint(
             "baseline",
-            self.policy_name,
-            self.reward_names,
+            self.baseline_keys,
             self.data.prompts_fingerprint(),
-            self.config.rollout,
-            self.config.baseline.samples,
-            canned,
+            self.config.rollout.prompts_per_item,
+            b.samples,
+            b.exact,
+            b.known and source_fingerprint(b.known),
+            adaptive,
+            {n: m.reference == "canned" for n, m in models.items()},
+            {n: self.data.column(m.column) for n, m in models.items() if m.reference == "column"},
             self.config.seed,
         )
 
@@ -87,14 +123,32 @@ class Artifacts:
             self.utility,
             c.algorithm,
             c.align,
+            c.policy.lora,
             c.rollout,
             c.deepspeed,
             c.seed,
         )
 
     @cached_property
+    def base_samples_name(self) -> str:
+        """Of the base policy's evaluation samples, which the runs of a sweep share."""
+        c = self.config
+        return fingerprint(
+            "base samples",
+            self.baseline_keys,
+            self.evaluator_names,
+            {n: (m.reference, m.canned, m.constant) for n, m in c.evaluators.items()},
+            c.baseline.level if c.evaluators else None,
+            [p.id for p in self.data.eval_prompts],
+            c.rollout.prompts_per_item,
+            (c.evaluate.samples, c.evaluate.judge_samples),
+            c.data.judge,
+            c.seed,
+        )
+
+    @cached_property
     def evaluate_name(self) -> str:
-        return fingerprint("evaluate", self.align_name, self.config.evaluate, self.config.data.judge)
+        return fingerprint("evaluate", self.align_name, self.base_samples_name)
 
     @property
     def policy_path(self) -> str:
@@ -106,6 +160,14 @@ class Artifacts:
         return {
             n: m.path or str(self.made("reward_models", f"{n}-{self.reward_names[n]}"))
             for n, m in models.items()
+        }
+
+    @property
+    def evaluator_paths(self) -> dict[str, str]:
+        names = self.evaluator_names
+        return {
+            n: m.path or str(self.made("reward_models", f"evaluator-{n}-{names[n]}"))
+            for n, m in self.config.evaluators.items()
         }
 
     @property
@@ -127,6 +189,11 @@ class Artifacts:
         """Whether every configured stage that needs Ray has its output."""
         rewards = [
             f"{n}-{self.reward_names[n]}" for n, m in self.config.reward_models.items() if m.path is None
+        ]
+        rewards += [
+            f"evaluator-{n}-{self.evaluator_names[n]}"
+            for n, m in self.config.evaluators.items()
+            if m.path is None
         ]
         outputs = {
             "sft": [self.policy_name] if self.config.policy.path is None else [],

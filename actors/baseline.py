@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
 
 from rlhf.types import Rollouts
+from rlhf.utility.adaptive import AdaptiveSampling, Progress
 from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
 
 
 class BaselineEstimator:
     """`BaselineStatistics` in an actor. Updates are idempotent by item, so a lost one may be sent again."""
 
-    def __init__(self, rules: dict[str, ReferenceRule]) -> None:
-        self._rules = rules
+    def __init__(self) -> None:
         self._statistics = BaselineStatistics()
 
-    def update(self, rollouts: Rollouts, raw: np.ndarray) -> None:
-        """Takes in the base policy's rewards of one work item. raw: float32 [B, M], columns as in `rules`."""
-        ids = rollouts.prompt_ids[rollouts.group]
-        for column, model in enumerate(self._rules):
-            self._statistics.add_samples(model, ids, raw[:, column], rollouts.item)
+    def reset(self, keys: dict[str, str], exact: int) -> None:
+        """Starts empty statistics; `keys` names, by model, the fingerprint of base policy and reward model."""
+        self._statistics = BaselineStatistics(exact=exact, keys=keys)
 
-    def update_canned(self, model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: int) -> None:
+    def adopt(self, path: str, keys: dict[str, str]) -> None:
+        """Takes over what an earlier run's statistics have of the same policy and models."""
+        self._statistics.adopt(Path(path), keys)
+
+    def update(self, models: Sequence[str], rollouts: Rollouts, raw: np.ndarray, source: str) -> None:
+        """Takes in the base policy's rewards of one work item. raw: float32 [B, M], a column for each model.
+
+        source: names the sampling that the item is of, so that those of two runs are not taken for one.
+        """
+        ids = rollouts.prompt_ids[rollouts.group]
+        for column, model in enumerate(models):
+            self._statistics.add_samples(model, ids, raw[:, column], (source, rollouts.item))
+
+    def update_canned(
+        self, model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: tuple[str, int]
+    ) -> None:
         """Takes in rewards of canned responses. prompt_ids: uint64 [N], rewards: float32 [N]"""
         self._statistics.add_canned(model, prompt_ids, rewards, item)
 
-    def references(self, prompt_ids: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each model r_ref, mean and standard deviation of the base policy's rewards, float32 [N] each."""
-        return {m: self._statistics.reference(m, prompt_ids, rule) for m, rule in self._rules.items()}
+    def update_column(self, model: str, prompt_ids: np.ndarray, values: np.ndarray) -> None:
+        """Takes in reference rewards that came with the data set. prompt_ids: uint64 [N], values: float32 [N]"""
+        self._statistics.add_column(model, prompt_ids, values)
 
-    def samples(self, prompt_ids: np.ndarray) -> dict[str, list[np.ndarray]]:
+    def references(self, prompt_ids: np.ndarray, rules: Mapping[str, ReferenceRule], points: int) -> dict:
+        """For each model the `PromptReferences` of the prompts, with at most `points` samples of each."""
+        return {m: self._statistics.reference(m, prompt_ids, rule, points) for m, rule in rules.items()}
+
+    def known(self, rules: Mapping[str, ReferenceRule], prompt_ids: np.ndarray) -> np.ndarray:
+        """Whether there are samples of a prompt by every model, bool [N]."""
+        return np.logical_and.reduce([self._statistics.known(m, prompt_ids) for m in rules])
+
+    def progress(
+        self, sampling: AdaptiveSampling, rules: Mapping[str, ReferenceRule], prompt_ids: np.ndarray
+    ) -> Progress:
+        """Which prompts need more samples."""
+        return sampling.progress(self._statistics, rules, prompt_ids)
+
+    def samples(self, rules: Mapping[str, ReferenceRule], prompt_ids: np.ndarray) -> dict:
         """For each model the base policy's rewards of each prompt."""
-        return {m: [self._statistics.samples(m, int(i)) for i in prompt_ids] for m in self._rules}
+        return {m: [self._statistics.samples(m, int(i)) for i in prompt_ids] for m in rules}
 
     def freeze(self) -> str:
         """No more updates from now on. Returns the digest of the statistics."""
@@ -50,5 +77,11 @@ class BaselineEstimator:
         self._statistics.freeze()
 
 
-def start_baseline(rules: dict[str, ReferenceRule]) -> Any:
-    return ray.remote(BaselineEstimator).options(num_cpus=0).remote(rules)
+class Baseline:
+    """The estimator, seen from the driver."""
+
+    def __init__(self) -> None:
+        self.actor = ray.remote(BaselineEstimator).options(num_cpus=0).remote()
+
+    def stop(self) -> None:
+        ray.kill(self.actor)

@@ -28,9 +28,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.generator import GeneratorPool, Summary
-from actors.learner import LearnerGroup, merged
+from actors.learner import Coefficients, LearnerGroup, merged
 from actors.metrics import StepMetrics
-from actors.reward_pool import RewardPool
 from rlhf.config import AlignConfig
 from rlhf.flow.leases import Lease
 from rlhf.flow.ledger import Ledger
@@ -58,29 +57,30 @@ class _Step:
     batch: list[int]
     waiting: set[ray.ObjectRef]
     parts: list[ray.ObjectRef]
-    kl_coef: float
-    learning_rate: float
+    coefficients: Coefficients
     started: float = field(default_factory=time.perf_counter)
 
 
 class Controller:
-    """Runs `align.steps` steps. `work(i)` makes work item i; `on_step` gets each step's metrics."""
+    """Runs `align.steps` steps. `work(i)` makes work item i; `reward` starts the rewarding of rollouts and returns the
+    reference of their `Rewards`; `on_step` gets each step's metrics."""
 
     def __init__(
         self,
         config: AlignConfig,
+        metrics: StepMetrics,
         items_per_step: int,
         work: Callable[[int], WorkItem],
         generators: GeneratorPool,
-        rewards: RewardPool,
+        reward: Callable[[ray.ObjectRef], ray.ObjectRef],
         queue: Any,
         learner: LearnerGroup,
         on_step: Callable[[dict[str, float]], None],
     ) -> None:
         self._config, self._work, self._on_step = config, work, on_step
-        self._generators, self._rewards, self._queue, self._learner = generators, rewards, queue, learner
+        self._generators, self._reward, self._queue, self._learner = generators, reward, queue, learner
         self._ledger = Ledger(config.steps, items_per_step, config.staleness)
-        self._metrics = StepMetrics(config)
+        self._metrics = metrics
         self._held: dict[int, _Held] = {}
         self._scoring: dict[ray.ObjectRef, int] = {}
         self._step: _Step | None = None
@@ -136,7 +136,7 @@ class Controller:
             return
         self._ledger.scoring(item.id)
         self._held[item.id] = _Held(sampled.summary, sampled.rollouts)
-        self._scoring[self._rewards.rewards(sampled.rollouts)] = item.id
+        self._scoring[self._reward(sampled.rollouts)] = item.id
 
     def _scored(self, ref: ray.ObjectRef) -> None:
         item = self._scoring.pop(ref)
@@ -149,7 +149,7 @@ class Controller:
             if held.attempts == REWARD_ATTEMPTS:
                 raise
             held.attempts += 1
-            self._scoring[self._rewards.rewards(held.rollouts)] = item
+            self._scoring[self._reward(held.rollouts)] = item
             return
         held.rewards = ref
         self._put(item)
@@ -169,9 +169,9 @@ class Controller:
                 self._put(item)
             return
         self._ledger.training(batch)
-        kl_coef, learning_rate = self._metrics.schedules(self._ledger.version)
-        parts = self._learner.align(list(lease.payloads), kl_coef, learning_rate)
-        self._step = _Step(lease, batch, set(parts), parts, kl_coef, learning_rate)
+        coefficients = self._metrics.coefficients(self._ledger.version)
+        parts = self._learner.align(list(lease.payloads), coefficients)
+        self._step = _Step(lease, batch, set(parts), parts, coefficients)
 
     def _trained(self, step: _Step) -> None:
         metrics = merged(ray.get(step.parts))
@@ -186,8 +186,8 @@ class Controller:
         now = time.perf_counter()
         metrics |= {
             "step": float(version + 1),
-            "kl_coef": step.kl_coef,
-            "learning_rate": step.learning_rate,
+            "kl_coef": step.coefficients.kl,
+            "learning_rate": step.coefficients.learning_rate,
             "staleness": sum(staleness) / len(staleness),
             "seconds": now - self._last,
             "seconds/learn": learned - step.started,

@@ -195,3 +195,7 @@ class GeneratorPool:
         """Log-probabilities of rollouts' tokens under the generators' current policy, float32 [T] each."""
         calls = [self._actors[i % len(self._actors)].logprobs.remote(r) for i, r in enumerate(rollouts)]
         return ray.get(calls)
+
+    def stop(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)

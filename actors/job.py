@@ -2,6 +2,7 @@
 
 rlhf utility=linear align.kl_coef=0.1      one run
 rlhf -m utility=lsc,linear                 a sweep
+rlhf experiment=study                      the comparison of methods, a sweep of conf/arm
 rlhf --cfg job                             the composed configuration
 """
 
@@ -12,13 +13,14 @@ import os
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from actors.session import Session
+from actors.sweep import Sweep, reason
 from rlhf.config import Config, typed
 
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a submitted job
@@ -30,7 +32,10 @@ def main() -> None:
     signal.signal(
         signal.SIGTERM, lambda number, _: sys.exit(128 + number)
     )  # ends what was started, then exits
-    _run()
+    try:
+        _run()
+    finally:
+        Sweep.close()
 
 
 def _default_output() -> str:
@@ -40,37 +45,27 @@ def _default_output() -> str:
 
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="config")
 def _run(values: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir).absolute()
+    session = Session()
     try:
-        run(
-            typed(values),
-            Path(HydraConfig.get().runtime.output_dir).absolute(),
-            OmegaConf.to_yaml(values, resolve=True),
-        )
+        config = typed(values)
+        if Sweep.current is None:
+            run(config, folder, OmegaConf.to_yaml(values, resolve=True), session)
+        else:
+            Sweep.current.job(config, folder, OmegaConf.to_yaml(values, resolve=True), run)
     except ValueError as error:
-        sys.exit(f"error: {_reason(error)}")
+        sys.exit(f"error: {reason(error)}")
+    finally:
+        session.stop()
 
 
-def _reason(error: BaseException) -> str:
-    """A user's error in one line; of an error in an actor, the actor and its own words."""
-    from ray.exceptions import RayTaskError
-
-    if isinstance(error, RayTaskError):
-        where = error.function_name
-        cause: BaseException = error.cause
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
-        return f"{cause} (in {where})"
-    return str(error)
-
-
-def run(config: Config, folder: Path, resolved: str) -> None:
-    """One run, into `folder`.
+def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
+    """One run, into `folder`. The session, and with it Ray, goes on.
 
     Raises:
         ValueError: what the user gave cannot work; most of it is found before Ray starts.
     """
     from actors.artifacts import Artifacts
-    from actors.cluster import Cluster
     from actors.preflight import preflight
     from rlhf.progress import View
     from rlhf.store import Store, link, write_atomic
@@ -86,16 +81,11 @@ def run(config: Config, folder: Path, resolved: str) -> None:
     store = Store(root / "store")
     data = preflight(config, store)
     artifacts = Artifacts(config, data, store)
-    with ThreadPoolExecutor(1) as background:
-        cluster = None if artifacts.complete() else background.submit(Cluster, config)
-        from actors.roles import Roles  # seconds of imports, while Ray starts
-        from actors.stages import Job
+    if not artifacts.complete():
+        session.start(config)
+    from actors.roles import Roles  # seconds of imports, while Ray starts
+    from actors.stages import Job
 
-        job = Job(
-            config, data, artifacts, Roles(config, artifacts, cluster, view.line), folder, view, started
-        )
-        try:
-            job.execute()
-        finally:
-            job.roles.stop()
+    roles = Roles(config, artifacts, session, view.line)
+    Job(config, data, artifacts, roles, folder, view, started).execute()
     link(root / "latest", folder)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,17 @@ from rlhf.config import DeepSpeedConfig, RoleConfig, TrainingConfig
 from rlhf.types import Experience
 
 if TYPE_CHECKING:
-    from rlhf.learn.tasks import Task
+    from rlhf.learn.tasks import AlignTask, Task
+    from rlhf.learn.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What changes from step to step of alignment."""
+
+    kl: float
+    learning_rate: float
+    critic_learning_rate: float
 
 
 class LearnerRank:
@@ -60,11 +72,23 @@ class LearnerRank:
         deepspeed.init_distributed("nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
 
     def load(self, task: Task, weight_decay: float, max_grad_norm: float) -> None:
+        model, objective = task.build(self._device)
+        self.trainer = self._trainer(model, weight_decay, max_grad_norm)
+        self.trainer.objective = objective
+
+    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> None:
+        make = partial(self._trainer, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        self.aligner = task.start(self._device, make)
+        self.trainer = self.aligner.policy
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if self.role.gpus > 0 else "cpu"
+
+    def _trainer(self, model: Any, weight_decay: float, max_grad_norm: float) -> Trainer:
         from rlhf.learn.trainer import Trainer
 
-        model, objective = task.build("cuda" if self.role.gpus > 0 else "cpu")
-        self.trainer = Trainer(model, self.config, weight_decay, max_grad_norm, self.rank, self.world)
-        self.trainer.objective = objective
+        return Trainer(model, self.config, weight_decay, max_grad_norm, self.rank, self.world)
 
     def fit(
         self, data: Any, training: TrainingConfig, seed: int, start: int, stop: int
@@ -81,11 +105,13 @@ class LearnerRank:
             for step in range(start, stop)
         ]
 
-    def align(self, batch: list[tuple[Any, Any]], kl_coef: float, learning_rate: float) -> dict[str, float]:
-        """One step on a leased batch of (rollouts reference, rewards reference)."""
+    def align(self, batch: list[tuple[Any, Any]], coefficients: Coefficients) -> dict[str, float]:
+        """Trains on a leased batch of (rollouts reference, rewards reference)."""
         rollouts, rewards = ray.get([a for a, _ in batch]), ray.get([b for _, b in batch])
         experiences = [Experience(a, b) for a, b in zip(rollouts, rewards, strict=True)]
-        return self.trainer.step((experiences, kl_coef), learning_rate)
+        return self.aligner.step(
+            experiences, coefficients.kl, coefficients.learning_rate, coefficients.critic_learning_rate
+        )
 
     def weights(self) -> Any:
         return self.trainer.weights()
@@ -116,15 +142,20 @@ class LearnerGroup:
             self._join()
         ray.get([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
 
+    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> None:
+        if not self._joined:
+            self._join()
+        ray.get([rank.load_policy.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
+
     def fit(
         self, data: ray.ObjectRef, training: TrainingConfig, seed: int, start: int, stop: int
     ) -> list[dict]:
         parts = ray.get([rank.fit.remote(data, training, seed, start, stop) for rank in self.ranks])
         return [merged(step) for step in zip(*parts, strict=True)]
 
-    def align(self, batch: list[tuple], kl_coef: float, learning_rate: float) -> list[ray.ObjectRef]:
-        """Starts a step; the references of the ranks' metrics."""
-        return [rank.align.remote(batch, kl_coef, learning_rate) for rank in self.ranks]
+    def align(self, batch: list[tuple], coefficients: Coefficients) -> list[ray.ObjectRef]:
+        """Starts the training on a batch; the references of the ranks' metrics."""
+        return [rank.align.remote(batch, coefficients) for rank in self.ranks]
 
     def weights(self) -> ray.ObjectRef:
         """Starts the gathering of weights, on every rank; the reference of rank 0's."""
@@ -134,10 +165,13 @@ class LearnerGroup:
     def save(self, path: Path) -> None:
         ray.get([rank.save.remote(str(path)) for rank in self.ranks])
 
+    def stop(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
+
 
 def merged(parts: tuple[dict[str, float], ...] | list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a batch from those of its ranks: sums, but for the global gradient norm."""
+    """Metrics of a batch from those of its ranks: sums, but for the global gradient norms."""
     keys = {key for part in parts for key in part}
     out = {key: sum(part.get(key, 0.0) for part in parts) for key in sorted(keys)}
-    out["grad_norm"] = parts[0]["grad_norm"]
-    return out
+    return out | {key: value for key, value in parts[0].items() if key.endswith("grad_norm")}

@@ -6,37 +6,36 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.generator import Summary
-from rlhf.config import AlignConfig
+from actors.learner import Coefficients
+from rlhf.config import AlgorithmConfig, AlignConfig
 from rlhf.types import Rewards
 
 
 class StepMetrics:
     """Turns what the roles report of a step into flat metrics (`rlhf/evaluate/record.py` documents the keys)."""
 
-    def __init__(self, config: AlignConfig) -> None:
+    def __init__(self, config: AlignConfig, algorithm: AlgorithmConfig) -> None:
         from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
         from ray.rllib.utils.schedules.scheduler import Scheduler
 
-        self._logger = MetricsLogger(root=True)
-        self._kl_coef = Scheduler(_schedule(config.kl_coef))
-        self._learning_rate = Scheduler(_schedule(config.learning_rate))
+        from rlhf.learn.kl import AdaptiveKL
 
-    def schedules(self, step: int) -> tuple[float, float]:
-        """KL coefficient and learning rate of a step."""
-        return float(self._kl_coef.update(step)), float(self._learning_rate.update(step))
+        self._logger = MetricsLogger(root=True)
+        critic = algorithm.critic.learning_rate if algorithm.critic is not None else 0.0
+        values = (config.kl_coef, config.learning_rate, critic)
+        self._schedules = [Scheduler(_schedule(value)) for value in values]
+        target = algorithm.kl_target
+        self._control = None if target is None else AdaptiveKL(target, algorithm.kl_horizon)
+
+    def coefficients(self, step: int) -> Coefficients:
+        kl, learning_rate, critic = (float(schedule.update(step)) for schedule in self._schedules)
+        return Coefficients(kl * (self._control.factor if self._control else 1.0), learning_rate, critic)
 
     def step(
         self, learner: dict[str, float], summaries: Sequence[Summary], rewards: Sequence[Rewards | None]
     ) -> dict[str, float]:
         """The metrics of one step: means over its responses, sums over its items for seconds."""
-        flat = {k: v for k, v in learner.items() if not k.startswith("sum/")}
-        tokens = learner["sum/tokens"]
-        flat |= {
-            "importance_weight": learner["sum/importance_weight"] / tokens,
-            "importance_capped": learner["sum/importance_capped"] / tokens,
-            "sampler_gap": learner["sum/sampler_gap"] / tokens,
-            "surprise": learner["sum/surprise"] / tokens,
-        }
+        flat = {k: v for k, v in learner.items() if not k.startswith("sum/")} | _ratios(learner)
         responses = sum(s.responses for s in summaries)
         flat |= {
             "response_tokens": sum(s.tokens for s in summaries) / responses,
@@ -45,9 +44,30 @@ class StepMetrics:
             "seconds/reward": sum(r.seconds for r in rewards if r is not None),
         }
         flat |= reward_metrics([r for r in rewards if r is not None])
+        if self._control is not None:
+            self._control.update(flat["kl"], responses)
         for key, value in flat.items():
             self._logger.log_value(key, value, window=1)
         return {key: float(self._logger.peek(key)) for key in sorted(flat)}
+
+
+def _ratios(learner: dict[str, float]) -> dict[str, float]:
+    """Means over tokens from the learner's sums."""
+    trained = learner["sum/trained_tokens"]
+    flat = {
+        key: learner[f"sum/{key}"] / trained
+        for key in ("importance_weight", "importance_capped", "sampler_gap", "clipped", "entropy")
+    }
+    flat["surprise"] = learner["sum/surprise"] / learner["sum/tokens"]
+    if "sum/returns" in learner:
+        tokens = learner["sum/tokens"]
+        variance = learner["sum/returns_squared"] / tokens - (learner["sum/returns"] / tokens) ** 2
+        residual = learner["sum/residuals_squared"] / tokens
+        flat["critic/explained_variance"] = 1 - residual / variance if variance > 0 else 0.0
+    return flat
+
+
+_COLUMNS = (("reference", "r_ref"), ("utility", "utility"), ("p_good", "p_good"), ("slope", "slope"))
 
 
 def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
@@ -58,7 +78,7 @@ def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
     for column, model in enumerate(rewards[0].models):
         raw = np.concatenate([r.raw[:, column] for r in rewards])
         flat[f"reward/{model}/mean"], flat[f"reward/{model}/std"] = raw.mean(), raw.std()
-        for key, name in (("reference", "r_ref"), ("utility", "utility"), ("p_good", "p_good")):
+        for key, name in _COLUMNS:
             flat[f"{name}/{model}"] = np.concatenate([getattr(r, key)[:, column] for r in rewards]).mean()
     return {key: float(value) for key, value in flat.items()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from actors.resources import check_machine
 from rlhf.config import Config
 from rlhf.data.prepare import RunData, check_lengths, prepare
@@ -16,24 +18,24 @@ def preflight(config: Config, store: Store) -> RunData:
     """
     check_machine(config)
     data = prepare(config, store)
-    _check_names(config)
+    _check_names(config, data)
     _check_policy(config, data)
     _check_reward_models(config, data)
     return data
 
 
-def _check_names(config: Config) -> None:
+def _check_names(config: Config, data: RunData) -> None:
     from rlhf.learn.advantages import ADVANTAGES
-    from rlhf.utility.combine import COMBINATIONS
-    from rlhf.utility.transforms import TRANSFORMS
 
-    for key, name, registry in (
-        ("utility.transform", config.utility.transform, TRANSFORMS),
-        ("utility.combine", config.utility.combine, COMBINATIONS),
-        ("algorithm.name", config.algorithm.name, ADVANTAGES),
-    ):
-        if name not in registry:
-            raise ValueError(f"{key}={name} is not one of {', '.join(sorted(registry))}")
+    name = config.algorithm.advantage
+    if name not in ADVANTAGES:
+        raise ValueError(f"algorithm.advantage={name} is not one of {', '.join(sorted(ADVANTAGES))}")
+    for model in config.reward_models.values():
+        if model.reference == "column":
+            data.column(model.column)
+    known = config.baseline.known
+    if known is not None and not Path(known).is_file():
+        raise ValueError(f"baseline.known={known} is not a file; give the statistics.npz of an earlier run")
 
 
 def _check_policy(config: Config, data: RunData) -> None:
@@ -59,10 +61,11 @@ def _check_reward_models(config: Config, data: RunData) -> None:
     from rlhf.data.preferences import load_preferences
     from rlhf.models.load import check_reward_config, load_config, load_tokenizer
 
-    for name, model in config.reward_models.items():
+    groups = {"reward_models": config.reward_models, "evaluators": config.evaluators}
+    for group, name, model in [(g, n, m) for g, models in groups.items() for n, m in models.items()]:
         path, key = (model.path, "path") if model.path else (model.init_from, "init_from")
         if path is not None:
-            key = f"reward_models.{name}.{key}"
+            key = f"{group}.{name}.{key}"
             found = load_config(path, key)
             if model.path is not None:
                 check_reward_config(found, key)

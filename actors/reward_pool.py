@@ -20,11 +20,13 @@ from ray import serve
 from ray.exceptions import RayActorError
 
 from actors.resources import set_threads
-from rlhf.config import Config, ResourcesConfig
+from rlhf.config import ResourcesConfig, RewardModelConfig
 from rlhf.types import Content, Rewards, Rollouts
 from rlhf.utility.pipeline import Utility
+from rlhf.utility.statistics import ReferenceRule
 
 ATTEMPTS = 5
+POINTS = 256  # samples, at most, that a transform of a prompt's samples gets; of more, their quantiles
 
 
 class RewardModel:
@@ -50,9 +52,8 @@ class RewardModel:
 class RewardIngress:
     """Rewards rollouts by all models. A call lost with its replica is made again on another."""
 
-    def __init__(self, models: Mapping[str, Any], baseline: Any, utility: Utility) -> None:
-        assert tuple(models) == tuple(utility.weights), (models, utility)
-        self._models, self._baseline, self._utility = dict(models), baseline, utility
+    def __init__(self, models: Mapping[str, Any], baseline: Any) -> None:
+        self._models, self._baseline = dict(models), baseline
 
     async def raw(self, rollouts: list[ray.ObjectRef]) -> np.ndarray:
         """Raw rewards of one `Rollouts`, float32 [B, M]."""
@@ -63,15 +64,19 @@ class RewardIngress:
         """Rewards of given responses by one model, float32 [N]."""
         return await self._call(model, "score_texts", contents, responses)
 
-    async def rewards(self, rollouts: list[ray.ObjectRef]) -> Rewards:
+    async def rewards(
+        self, rollouts: list[ray.ObjectRef], utility: Utility, rules: Mapping[str, ReferenceRule]
+    ) -> Rewards:
         """What the learner maximises, for one `Rollouts`."""
+        assert tuple(self._models) == tuple(utility.weights) == tuple(rules)
         started = time.perf_counter()
         batch: Rollouts = await rollouts[0]
-        raw, statistics = await asyncio.gather(
+        points = POINTS if utility.needs_samples else 0
+        raw, references = await asyncio.gather(
             self.raw(rollouts),
-            asyncio.wrap_future(self._baseline.references.remote(batch.prompt_ids).future()),
+            asyncio.wrap_future(self._baseline.references.remote(batch.prompt_ids, rules, points).future()),
         )
-        return replace(self._utility.rewards(batch, raw, statistics), seconds=time.perf_counter() - started)
+        return replace(utility.rewards(batch, raw, references), seconds=time.perf_counter() - started)
 
     async def _call(self, model: str, method: str, *arguments: Any) -> np.ndarray:
         for attempt in range(ATTEMPTS):
@@ -87,26 +92,33 @@ class RewardIngress:
 class RewardPool:
     """The running application, seen from the driver."""
 
-    def __init__(self, config: Config, paths: Mapping[str, str], baseline: Any, utility: Utility) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, RewardModelConfig],
+        paths: Mapping[str, str],
+        resources: ResourcesConfig,
+        budget: int,
+        baseline: Any,
+    ) -> None:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         self._name = f"rewards-{uuid.uuid4().hex[:8]}"
         app = serve.deployment(RewardIngress).options(
             name="ingress", max_ongoing_requests=64, ray_actor_options={"num_cpus": 0}
         )
-        models = {
-            name: _deployment(name, config.resources).bind(
+        deployments = {
+            name: _deployment(name, resources).bind(
                 name,
                 paths[name],
                 model.chat_template,
-                config.deepspeed.micro_batch_tokens * 2,
-                config.resources.reward.cpus,
-                config.resources.reward.gpus,
+                budget,
+                resources.reward.cpus,
+                resources.reward.gpus,
             )
-            for name, model in config.reward_models.items()
+            for name, model in models.items()
         }
         self._handle = serve.run(
-            app.bind(models, baseline, utility),
+            app.bind(deployments, baseline),
             name=self._name,
             route_prefix=None,
             logging_config={"log_level": "ERROR"},
@@ -119,9 +131,11 @@ class RewardPool:
     def canned(self, model: str, contents: Sequence[Content], responses: Sequence[str]) -> ray.ObjectRef:
         return self._handle.canned.remote(model, contents, responses)._to_object_ref_sync()
 
-    def rewards(self, rollouts: ray.ObjectRef) -> ray.ObjectRef:
+    def rewards(
+        self, rollouts: ray.ObjectRef, utility: Utility, rules: Mapping[str, ReferenceRule]
+    ) -> ray.ObjectRef:
         """Starts the rewarding of rollouts; the reference of their `Rewards`."""
-        return self._handle.rewards.remote([rollouts])._to_object_ref_sync()
+        return self._handle.rewards.remote([rollouts], utility, rules)._to_object_ref_sync()
 
     def stop(self) -> None:
         serve.delete(self._name)

@@ -1,71 +1,79 @@
-"""The running roles of a job. Each starts when a stage first needs it, and serves all later stages."""
+"""The roles of a run: each starts when a stage first needs it, and serves all later stages and runs of a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 from actors.artifacts import Artifacts
-from actors.baseline import start_baseline
-from actors.cluster import Cluster
+from actors.baseline import Baseline
 from actors.generator import GeneratorPool
 from actors.learner import LearnerGroup
 from actors.reward_pool import RewardPool
-from rlhf.config import Config
+from actors.session import Session
+from rlhf.config import Config, RewardModelConfig
 
 
 class Roles:
+    """What a run's stages call."""
+
     def __init__(
         self,
         config: Config,
         artifacts: Artifacts,
-        starting: Future[Cluster] | None,
+        session: Session,
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.artifacts, self._starting, self._say = config, artifacts, starting, say
+        self.config, self.artifacts, self.session, self._say = config, artifacts, session, say
+        self._told = False
 
-    @cached_property
-    def cluster(self) -> Cluster:
-        cluster = Cluster(self.config) if self._starting is None else self._starting.result()
-        self._say(f"ray: {cluster.describe()}, started in {cluster.seconds:.1f} s")
-        return cluster
+    def _role(self, name: str, parts: object, make: Callable[[], Any]) -> Any:
+        self.session.start(self.config)
+        cluster = self.session.cluster
+        if not self._told:
+            self._told = True
+            self._say(f"ray: {cluster.describe()}, started in {cluster.seconds:.1f} s")
+        return self.session.role(name, repr(parts), make)
 
-    @cached_property
+    @property
     def learner(self) -> LearnerGroup:
-        assert self.cluster
-        resources = self.config.resources
-        return LearnerGroup(self.config.deepspeed, resources.learner, resources.master_port)
+        c = self.config
+        parts = (c.deepspeed, c.resources.learner, c.resources.master_port)
+        return self._role("learner", parts, lambda: LearnerGroup(*parts))
 
-    @cached_property
+    @property
     def generators(self) -> GeneratorPool:
-        assert self.cluster
-        return GeneratorPool(
-            self.config.rollout, self.config.policy.chat_template, self.config.resources.generators
-        )
+        c = self.config
+        parts = (c.rollout, c.policy.chat_template, c.resources.generators)
+        return self._role("generators", parts, lambda: GeneratorPool(*parts))
 
-    @cached_property
-    def estimator(self) -> Any:
-        assert self.cluster
-        return start_baseline(self.artifacts.rules)
+    @property
+    def baseline(self) -> Baseline:
+        return self._role("baseline", (), Baseline)
 
-    @cached_property
+    @property
     def rewards(self) -> RewardPool:
-        return RewardPool(self.config, self.artifacts.reward_paths, self.estimator, self.artifacts.utility)
+        return self._pool("rewards", self.config.reward_models, self.artifacts.reward_paths)
+
+    @property
+    def evaluators(self) -> RewardPool:
+        return self._pool("evaluators", self.config.evaluators, self.artifacts.evaluator_paths)
+
+    def _pool(
+        self, name: str, models: Mapping[str, RewardModelConfig], paths: Mapping[str, str]
+    ) -> RewardPool:
+        templates = {n: m.chat_template for n, m in models.items()}
+        budget, resources = self.config.deepspeed.micro_batch_tokens * 2, self.config.resources
+        parts = (paths, templates, resources.reward, resources.max_reward_replicas, budget)
+        baseline = self.baseline.actor
+        return self._role(name, parts, lambda: RewardPool(models, paths, resources, budget, baseline))
 
     @contextmanager
-    def starting(self, role: str) -> Iterator[None]:
+    def start_beside(self, role: str) -> Iterator[None]:
         """Starts a role in the background while the block runs; it is there after the block."""
         with ThreadPoolExecutor(1) as background:
             future = background.submit(getattr, self, role)
             yield
             future.result()
-
-    def stop(self) -> None:
-        """Ends what the job started: on a cluster its application, else Ray itself."""
-        if "cluster" in self.__dict__ or self._starting is not None:
-            if "rewards" in self.__dict__ and not self.cluster.own:
-                self.rewards.stop()
-            self.cluster.stop()

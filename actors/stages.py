@@ -5,8 +5,9 @@ Each writes one folder of the store, named by the fingerprint of its inputs, and
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,20 @@ import numpy as np
 import ray
 
 from actors.artifacts import Artifacts
+from actors.baseline_stage import BaselineStage
 from actors.controller import Controller
 from actors.evaluation import Evaluation
+from actors.metrics import StepMetrics
 from actors.queue import start_queue
 from actors.roles import Roles
-from actors.work import seed_of, work_items
-from rlhf.config import STAGES, Config, TrainingConfig
-from rlhf.data.prepare import RunData, demonstrations_source, preferences_source
+from actors.work import seed_of
+from rlhf.config import STAGES, Config, RewardModelConfig, TrainingConfig
+from rlhf.data.prepare import RunData, demonstrations_source, evaluator_source, preferences_source
 from rlhf.learn.tasks import AlignTask, BradleyTerryTask, SupervisedTask, Task, batch_indices, save_tokenizer
 from rlhf.logs import MetricsWriter
 from rlhf.progress import View
-from rlhf.types import Prompt, WorkItem
+from rlhf.store import write_atomic
+from rlhf.types import WorkItem
 
 FIT_CHUNK = 20  # steps of supervised training between two reports
 
@@ -81,7 +85,7 @@ class Job:
             return self._skip("sft", f"done before ({self.artifacts.policy_name})")
         from rlhf.learn.tokenise import demonstration_tokens, tokenizer_folder
 
-        with self.roles.starting("learner"):
+        with self.roles.start_beside("learner"):
             tokenizer = policy.init_from or str(tokenizer_folder(self.config, self.data, self.store))
             tokens = demonstration_tokens(self.config, tokenizer, demonstrations_source(self.data))
         task = SupervisedTask(policy.init_from, policy.architecture, tokenizer, self.config.seed)
@@ -91,23 +95,34 @@ class Job:
         return None
 
     def reward_models(self) -> None:
+        names, seed = self.artifacts.reward_names, self.config.seed
+        for name, model in self.config.reward_models.items():
+            source = partial(preferences_source, self.data, name)
+            self._reward_model(f"reward_models.{name}", model, f"{name}-{names[name]}", source, seed)
+        names, seed = self.artifacts.evaluator_names, self.artifacts.evaluator_seed
+        for name, model in self.config.evaluators.items():
+            source = partial(evaluator_source, self.data, name)
+            made = f"evaluator-{name}-{names[name]}"
+            self._reward_model(f"evaluators.{name}", model, made, source, seed)
+
+    def _reward_model(
+        self, key: str, model: RewardModelConfig, made: str, source: Callable[[], str], seed: int
+    ) -> None:
         from rlhf.learn.tokenise import preference_tokens
 
-        for name, model in self.config.reward_models.items():
-            made = f"{name}-{self.artifacts.reward_names[name]}"
-            if model.path is not None:
-                self._skip("reward_models", f"reward_models.{name}.path={model.path} is given")
-                continue
-            if self.store.has("reward_models", made):
-                self._skip("reward_models", f"{name} done before ({self.artifacts.reward_names[name]})")
-                continue
-            start = model.init_from or self.artifacts.policy_path
-            tokens = preference_tokens(self.config, name, start, preferences_source(self.data, name))
-            task = BradleyTerryTask(name, start, self.config.seed)
-
-            assert model.training is not None
-            fit = partial(self._fit, f"reward {name}", task, tokens, start, model.training)
-            self.store.make("reward_models", made, fit)
+        if model.path is not None:
+            return self._skip("reward_models", f"{key}.path={model.path} is given")
+        if self.store.has("reward_models", made):
+            return self._skip("reward_models", f"{key} done before ({made})")
+        start = model.init_from or self.artifacts.policy_path
+        tokens = preference_tokens(
+            key, model.chat_template, start, source(), self.config.data.tolerated_share
+        )
+        task = BradleyTerryTask(key, start, seed)
+        assert model.training is not None
+        fit = partial(self._fit, key.replace("_models.", " "), task, tokens, start, model.training)
+        self.store.make("reward_models", made, fit)
+        return None
 
     def _fit(
         self, name: str, task: Task, data: Any, tokenizer: str, training: TrainingConfig, folder: Path
@@ -132,52 +147,38 @@ class Job:
     def baseline(self) -> None:
         if self.store.has("baseline", self.artifacts.baseline_name):
             return self._skip("baseline", f"done before ({self.artifacts.baseline_name})")
-        prompts = self.data.prompts + self.data.eval_prompts
-        items = work_items(
-            prompts,
-            self.config.rollout.prompts_per_item,
-            self.config.baseline.samples,
-            self.config.seed,
-            "baseline",
+        with self.view.stage("baseline", 1) as progress:
+            found = BaselineStage(self.config, self.data, self.artifacts, self.roles, progress).run()
+        summary = found["references"]
+        errors = "  ".join(f"{n} {row['standard_error']:.2f}" for n, row in summary.items())
+        self.view.line(
+            f"baseline: {found['samples']} base responses; median standard error of r_ref: {errors}"
         )
-        with self.view.stage("baseline", len(items)) as progress:
-            with self.roles.starting("rewards"):
-                self.roles.generators.load(self.artifacts.policy_path)
-            updates = []
-            for done, sampled in enumerate(self.roles.generators.sample(items), start=1):
-                raw = self.roles.rewards.raw(sampled.rollouts)
-                updates.append(self.roles.estimator.update.remote(sampled.rollouts, raw))
-                progress.update(done, f"{done * items[0].samples * items[0].groups} base responses")
-            ray.get([*updates, *self._canned(prompts)])
-            digest = ray.get(self.roles.estimator.freeze.remote())
+        if "samples_saved" in found:
+            self.view.line(f"baseline: {found['samples_saved']} samples saved by the tolerance")
 
         def fill(folder: Path) -> None:
-            ray.get(self.roles.estimator.save.remote(str(folder / "statistics.npz")))
-            (folder / "digest").write_text(digest)
+            ray.get(self.roles.baseline.actor.save.remote(str(folder / "statistics.npz")))
+            write_atomic(folder / "summary.json", json.dumps(found, indent=1))
 
         self.store.make("baseline", self.artifacts.baseline_name, fill)
         return None
-
-    def _canned(self, prompts: Sequence[Prompt]) -> list[ray.ObjectRef]:
-        """Rewards of the canned responses to every prompt, on their way to the estimator."""
-        updates = []
-        for name, model in self.config.reward_models.items():
-            for i, canned in enumerate(model.canned if model.reference == "canned" else []):
-                contents = [p.content for p in prompts]
-                rewards = self.roles.rewards.canned(name, contents, [canned] * len(prompts))
-                ids = np.array([p.id for p in prompts], np.uint64)
-                updates.append(self.roles.estimator.update_canned.remote(name, ids, rewards, i))
-        return updates
 
     def align(self) -> None:
         if self.store.has("align", self.artifacts.align_name):
             return self._skip("align", f"done before ({self.artifacts.align_name})")
         c = self.config
-        penalise = c.align.kl_coef != 0
-        task = AlignTask(self.artifacts.policy_path, c.algorithm.name, c.algorithm.importance_cap, penalise)
+        task = AlignTask(
+            policy=self.artifacts.policy_path,
+            settings=c.algorithm,
+            lora=c.policy.lora,
+            penalise=c.align.kl_coef != 0,
+            max_new_tokens=c.rollout.max_new_tokens,
+            seed=c.seed,
+        )
         with self.view.stage("align", c.align.steps) as progress:
-            ray.get(self.roles.estimator.load.remote(str(self.artifacts.statistics_path)))
-            self.roles.learner.load(task, c.align.weight_decay, c.align.max_grad_norm)
+            ray.get(self.roles.baseline.actor.load.remote(str(self.artifacts.statistics_path)))
+            self.roles.learner.load_policy(task, c.align.weight_decay, c.align.max_grad_norm)
             self.roles.generators.load(self.artifacts.policy_path)
 
             def fill(folder: Path) -> None:
@@ -187,8 +188,9 @@ class Job:
                     writer.write(int(metrics["step"]), metrics)
                     progress.update(
                         int(metrics["step"]),
-                        f"utility {metrics['utility/combined']:.3f}  KL {metrics['kl']:.2f} nats  "
-                        f"{metrics['response_tokens']:.0f} tokens",
+                        f"utility {metrics['utility/combined']:.3f}  "
+                        + (f"KL {metrics['kl']:.2f} nats  " if "kl" in metrics else "")
+                        + f"{metrics['response_tokens']:.0f} tokens",
                     )
 
                 self._controller(on_step).run()
@@ -211,12 +213,14 @@ class Job:
             contents = tuple(prompts[i].content for i in mine)
             return WorkItem(item, contents, c.align.samples_per_prompt, seed_of(c.seed, "align", item))
 
+        rewards, utility, rules = self.roles.rewards, self.artifacts.utility, self.artifacts.rules
         return Controller(
             c.align,
+            StepMetrics(c.align, c.algorithm),
             per_step,
             work,
             self.roles.generators,
-            self.roles.rewards,
+            lambda rollouts: rewards.rewards(rollouts, utility, rules),
             start_queue(),
             self.roles.learner,
             on_step,
@@ -225,21 +229,17 @@ class Job:
     def evaluate(self) -> None:
         if self.store.has("evaluate", self.artifacts.evaluate_name):
             return self._skip("evaluate", f"done before ({self.artifacts.evaluate_name})")
-        aligned = self.artifacts.align_path / "policy"
-        ray.get(self.roles.estimator.load.remote(str(self.artifacts.statistics_path)))
-        evaluation = Evaluation(
-            self.config,
-            self.data.eval_prompts,
-            self.roles.generators,
-            self.roles.rewards,
-            self.artifacts.statistics_path,
-            self.artifacts.rules,
-        )
+        self.artifacts.made("align", self.artifacts.align_name)
+        evaluation = Evaluation(self.config, self.data.eval_prompts, self.artifacts, self.roles)
         with self.view.stage("evaluate", evaluation.total) as progress:
+            name = self.artifacts.base_samples_name
+            if not self.store.has("base_samples", name):
+                self.store.make("base_samples", name, lambda folder: evaluation.base(folder, progress))
+            base = self.store.folder("base_samples", name)
             self.store.make(
                 "evaluate",
                 self.artifacts.evaluate_name,
-                lambda folder: evaluation.run(self.artifacts.policy_path, str(aligned), folder, progress),
+                lambda folder: evaluation.aligned(base, folder, progress),
             )
         return None
 

@@ -15,11 +15,13 @@ def seed_of(seed: int, purpose: str, index: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def work_items(prompts: Sequence[Prompt], size: int, samples: int, seed: int, purpose: str) -> list[WorkItem]:
-    """Prompts cut into work items."""
+def work_items(
+    prompts: Sequence[Prompt], size: int, samples: int, seed: int, purpose: str, first: int = 0
+) -> list[WorkItem]:
+    """Prompts cut into work items, numbered from `first`."""
     contents: list[Content] = [p.content for p in prompts]
     starts = range(0, len(contents), size)
     return [
         WorkItem(i, tuple(contents[start : start + size]), samples, seed_of(seed, purpose, i))
-        for i, start in enumerate(starts)
+        for i, start in enumerate(starts, start=first)
     ]

@@ -12,6 +12,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlhf.utility.kinds import check_utility
+
 STAGES = ("sft", "reward_models", "baseline", "align", "evaluate", "report")
 
 
@@ -64,12 +66,22 @@ class ArchitectureConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters, by peft. The reference policy is then the policy with its adapter off."""
+
+    rank: int
+    alpha: int  # the adapter's product is scaled by alpha / rank
+    target_modules: Any  # names of modules, or "all-linear"
+
+
+@dataclass
 class PolicyConfig:
     path: str | None  # a finished base policy: the sft stage is skipped
     init_from: str | None  # the model that sft starts from; null: `architecture`, with random weights
     chat_template: str | None  # Jinja text, a file, or "hh"; null: the tokenizer's own
     architecture: ArchitectureConfig
     training: TrainingConfig
+    lora: LoraConfig | None  # align adapters and not the policy's own weights; null: all weights
 
 
 @dataclass
@@ -80,28 +92,61 @@ class RewardModelConfig:
     chat_template: str | None
     training: TrainingConfig | None  # null only where path is given
     weight: float  # of its utility in the combination
-    reference: str  # r_ref: quantile | canned | mean | constant
+    reference: str  # r_ref: quantile | canned | mean | constant | column
     canned: list[str]  # responses whose mean reward is r_ref, for reference=canned
     constant: float  # r_ref, for reference=constant
+    column: str | None  # of the prompts' data set, which holds r_ref, for reference=column
 
 
 @dataclass
 class UtilityConfig:
-    transform: str  # a name in rlhf.utility.transforms.TRANSFORMS
-    combine: str  # a name in rlhf.utility.combine.COMBINATIONS
+    transform: str  # a name in rlhf.utility.kinds
+    combine: str  # a name in rlhf.utility.kinds, or an expression: "helpful & ~(verbose | sycophantic)"
+    parameters: dict[str, float]  # of the transform and the combination
 
 
 @dataclass
 class BaselineConfig:
-    samples: int  # base-policy responses for each prompt
+    samples: int  # base-policy responses for each prompt; with a tolerance, of each round
     level: float  # of the quantile
     estimator: str  # empirical | gaussian
+    tolerance: (
+        float | None
+    )  # sample on until r_ref's standard error is at most this, in reward units; null: one round
+    max_samples: int  # responses for each prompt, at most, with a tolerance
+    exact: int  # samples of a prompt kept as they are; beyond, a quantile sketch
+    known: str | None  # statistics.npz of an earlier run with the same policy and reward models; null: none
+    unseen: str  # prompts that `known` does not have: sample | refuse
+
+
+@dataclass
+class CriticConfig:
+    init_from: str | None  # a causal model or sequence classifier; null: the base policy
+    learning_rate: Any  # a number, or a schedule
+    trace: float  # lambda of GAE: 1: no bootstrapping, 0: one step
+    clip: float | None  # how far a value may move from the old one before its error stops counting; null: any
 
 
 @dataclass
 class AlgorithmConfig:
-    name: str  # a name in rlhf.learn.advantages.ADVANTAGES
+    """How a policy learns from the utilities of its responses (`rlhf/learn/alignment.py`)."""
+
+    advantage: str  # a name in rlhf.learn.advantages.ADVANTAGES
+    scale: str  # what divides advantages: none | group | batch
+    aggregate: (
+        str  # the weight of a token in the loss: response_sum | token_mean | response_mean | length_limit
+    )
+    epochs: int  # passes over a batch
+    minibatches: int  # optimiser steps of one pass
+    clip_low: float | None  # limits of the probability ratio, 1 - clip_low and 1 + clip_high; null: none
+    clip_high: float | None
     importance_cap: float  # truncation of the importance weight of a stale token
+    entropy_coef: float  # nats of utility for one nat of entropy
+    kl: str  # where the KL penalty is: reward | loss
+    kl_estimator: str  # k1 | k2 | k3
+    kl_target: float | None  # nats a response; the KL coefficient is adapted to reach it; null: it is not
+    kl_horizon: float  # responses over which it is adapted
+    critic: CriticConfig | None  # for advantage=gae
 
 
 @dataclass
@@ -127,6 +172,8 @@ class AlignConfig:
 @dataclass
 class EvaluateConfig:
     samples: int  # responses of each policy to each evaluation prompt
+    judge_samples: int  # base responses from which the judge and the evaluators take their reference
+    best_of: list[int]  # best-of-n of base responses as a further policy to compare with
 
 
 @dataclass
@@ -163,6 +210,15 @@ class LoggingConfig:
 
 
 @dataclass
+class StudyConfig:
+    """A cell of a sweep that is compared with its other cells (`rlhf/evaluate/comparison.py`)."""
+
+    arm: str  # what is compared: a name in conf/arm
+    point: str  # which of kl_coefs
+    kl_coefs: dict[str, float]
+
+
+@dataclass
 class Config:
     stages: list[str]
     seed: int
@@ -170,6 +226,9 @@ class Config:
     data: DataConfig
     policy: PolicyConfig
     reward_models: dict[str, RewardModelConfig]
+    evaluators: dict[
+        str, RewardModelConfig
+    ]  # trained apart, never optimised: they judge by the model of the same name
     utility: UtilityConfig
     baseline: BaselineConfig
     algorithm: AlgorithmConfig
@@ -179,6 +238,7 @@ class Config:
     deepspeed: DeepSpeedConfig
     resources: ResourcesConfig
     logging: LoggingConfig
+    study: StudyConfig | None
 
 
 def typed(values: DictConfig) -> Config:
@@ -209,6 +269,11 @@ def _refuse(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _all_models(config: Config) -> list[tuple[str, RewardModelConfig]]:
+    groups = {"reward_models": config.reward_models, "evaluators": config.evaluators}
+    return [(f"{group}.{name}", m) for group, models in groups.items() for name, m in models.items()]
+
+
 def _check_names(config: Config) -> None:
     for stage in config.stages:
         _refuse(stage not in STAGES, f"stages: '{stage}' is not one of {', '.join(STAGES)}")
@@ -218,12 +283,23 @@ def _check_names(config: Config) -> None:
         "deepspeed.zero_stage": (config.deepspeed.zero_stage, (0, 1, 2, 3)),
         "logging.live": (config.logging.live, ("auto", "plain", "off")),
         "data.judge": (config.data.judge, (None, "microcosm")),
+        "baseline.unseen": (config.baseline.unseen, ("sample", "refuse")),
+        "algorithm.scale": (config.algorithm.scale, ("none", "group", "batch")),
+        "algorithm.aggregate": (
+            config.algorithm.aggregate,
+            ("response_sum", "token_mean", "response_mean", "length_limit"),
+        ),
+        "algorithm.kl": (config.algorithm.kl, ("reward", "loss")),
+        "algorithm.kl_estimator": (config.algorithm.kl_estimator, ("k1", "k2", "k3")),
     }
-    for name, model in config.reward_models.items():
-        key = f"reward_models.{name}"
+    for key, model in _all_models(config):
+        name = key.rsplit(".", 1)[1]
         _refuse(not name.isidentifier(), f"{key}: a reward model's name must be letters, digits and _")
         _refuse(name == "joint", f"{key}: 'joint' is taken; give the model another name")
-        choices[f"{key}.reference"] = (model.reference, ("quantile", "canned", "mean", "constant"))
+        choices[f"{key}.reference"] = (
+            model.reference,
+            ("quantile", "canned", "mean", "constant", "column"),
+        )
     for key, (value, allowed) in choices.items():
         _refuse(value not in allowed, f"{key}={value} is not one of {', '.join(map(str, allowed))}")
 
@@ -235,13 +311,18 @@ def _check_numbers(config: Config) -> None:
         "align.prompts_per_step": align.prompts_per_step,
         "align.item_timeout": align.item_timeout,
         "baseline.samples": config.baseline.samples,
+        "baseline.exact": config.baseline.exact,
         "evaluate.samples": config.evaluate.samples,
+        "evaluate.judge_samples": config.evaluate.judge_samples,
         "rollout.max_new_tokens": config.rollout.max_new_tokens,
         "rollout.temperature": config.rollout.temperature,
         "rollout.prompts_per_item": config.rollout.prompts_per_item,
         "data.eval_size": config.data.eval_size,
         "deepspeed.micro_batch_tokens": config.deepspeed.micro_batch_tokens,
         "algorithm.importance_cap": config.algorithm.importance_cap,
+        "algorithm.epochs": config.algorithm.epochs,
+        "algorithm.minibatches": config.algorithm.minibatches,
+        "algorithm.kl_horizon": config.algorithm.kl_horizon,
         "resources.generators.count": resources.generators.count,
         "resources.learner.count": resources.learner.count,
         "resources.reward.count": resources.reward.count,
@@ -249,10 +330,8 @@ def _check_numbers(config: Config) -> None:
     for key, number in positive.items():
         _refuse(not number > 0, f"{key}={number} must be above 0")
     _refuse(align.staleness < 0, f"align.staleness={align.staleness} must be 0 or more")
-    _refuse(
-        align.samples_per_prompt < 2,
-        f"align.samples_per_prompt={align.samples_per_prompt}: the leave-one-out baseline needs at least 2",
-    )
+    _check_algorithm(config)
+    _check_baseline(config)
     _refuse(
         align.prompts_per_step % config.rollout.prompts_per_item != 0,
         f"align.prompts_per_step={align.prompts_per_step} must be a multiple of "
@@ -260,9 +339,6 @@ def _check_numbers(config: Config) -> None:
     )
     share = config.data.tolerated_share
     _refuse(not 0 <= share < 1, f"data.tolerated_share={share} must be within [0, 1)")
-    _refuse(
-        not 0 < config.baseline.level < 1, f"baseline.level={config.baseline.level} must be within (0, 1)"
-    )
     for key in ("kl_coef", "learning_rate"):
         schedule_values = _schedule_values(f"align.{key}", getattr(align, key))
         _refuse(min(schedule_values) < 0, f"align.{key} must not be negative")
@@ -271,6 +347,76 @@ def _check_numbers(config: Config) -> None:
         f"resources.max_reward_replicas={resources.max_reward_replicas} is below "
         f"resources.reward.count={resources.reward.count}",
     )
+
+
+def _check_algorithm(config: Config) -> None:
+    align, algorithm, critic = config.align, config.algorithm, config.algorithm.critic
+    grouped = algorithm.advantage in ("leave_one_out", "group_mean") or algorithm.scale == "group"
+    _refuse(
+        grouped and align.samples_per_prompt < 2,
+        f"align.samples_per_prompt={align.samples_per_prompt}: a baseline made of the prompt's other responses "
+        f"(algorithm.advantage={algorithm.advantage}) needs at least 2",
+    )
+    share = max(1, align.prompts_per_step // config.resources.learner.count)
+    _refuse(
+        algorithm.minibatches > share,
+        f"algorithm.minibatches={algorithm.minibatches} is more than the {share} prompts of each learner rank "
+        "(align.prompts_per_step / resources.learner.count)",
+    )
+    for key in ("clip_low", "clip_high", "kl_target"):
+        value = getattr(algorithm, key)
+        _refuse(value is not None and not value > 0, f"algorithm.{key}={value} must be above 0, or null")
+    _refuse(
+        algorithm.entropy_coef < 0, f"algorithm.entropy_coef={algorithm.entropy_coef} must not be negative"
+    )
+    _refuse(
+        algorithm.kl == "loss" and algorithm.kl_estimator == "k1",
+        "algorithm.kl_estimator=k1 has no effect with algorithm.kl=loss (the expectation of its gradient is 0); "
+        "use k2 or k3, or algorithm.kl=reward",
+    )
+    _refuse(
+        algorithm.kl_target is not None and align.kl_coef == 0,
+        "algorithm.kl_target needs an align.kl_coef above 0 to start from",
+    )
+    gae = algorithm.advantage == "gae"
+    _refuse(gae and critic is None, "algorithm.advantage=gae needs algorithm.critic, as in algorithm=ppo")
+    _refuse(
+        not gae and critic is not None,
+        f"algorithm.critic is for algorithm.advantage=gae, not {algorithm.advantage}; set it to null",
+    )
+    if critic is not None:
+        _refuse(not 0 <= critic.trace <= 1, f"algorithm.critic.trace={critic.trace} must be within [0, 1]")
+        _refuse(
+            critic.clip is not None and not critic.clip > 0,
+            f"algorithm.critic.clip={critic.clip} must be above 0, or null",
+        )
+        rates = _schedule_values("algorithm.critic.learning_rate", critic.learning_rate)
+        _refuse(min(rates) < 0, "algorithm.critic.learning_rate must not be negative")
+    lora = config.policy.lora
+    if lora is not None:
+        _refuse(lora.rank < 1, f"policy.lora.rank={lora.rank} must be 1 or more")
+
+
+def _check_baseline(config: Config) -> None:
+    baseline = config.baseline
+    _refuse(not 0 < baseline.level < 1, f"baseline.level={baseline.level} must be within (0, 1)")
+    if baseline.tolerance is not None:
+        _refuse(
+            not baseline.tolerance > 0, f"baseline.tolerance={baseline.tolerance} must be above 0, or null"
+        )
+        _refuse(
+            baseline.max_samples < baseline.samples,
+            f"baseline.max_samples={baseline.max_samples} is below baseline.samples={baseline.samples}",
+        )
+    _refuse(
+        baseline.unseen == "refuse" and baseline.known is None,
+        "baseline.unseen=refuse needs baseline.known, the statistics that have all prompts",
+    )
+    for n in config.evaluate.best_of:
+        _refuse(
+            not 2 <= n <= config.evaluate.samples,
+            f"evaluate.best_of has {n}: it must be within 2 and evaluate.samples={config.evaluate.samples}",
+        )
 
 
 def _schedule_values(key: str, schedule: Any) -> list[float]:
@@ -313,22 +459,27 @@ def _check_inputs(config: Config) -> None:
                 model.path is None and model.preferences is None and name not in ("helpful", "harmless"),
                 f"give reward_models.{name}.path or .preferences: the microcosm has pairs for helpful and harmless",
             )
-    for name, model in models.items():
+    for key, model in _all_models(config):
         _refuse(
             model.path is None and model.training is None,
-            f"give reward_models.{name}.path (a finished model) or reward_models.{name}.training",
+            f"give {key}.path (a finished model) or {key}.training",
         )
         _refuse(
             model.reference == "canned" and not model.canned,
-            f"reward_models.{name}.reference=canned needs reward_models.{name}.canned, a list of responses",
+            f"{key}.reference=canned needs {key}.canned, a list of responses",
         )
         _refuse(
-            config.utility.combine == "and" and model.weight != 1,
-            f"reward_models.{name}.weight={model.weight}: utility.combine=and takes weights of 1; "
-            "use utility.combine=weighted_sum",
+            model.reference == "column" and model.column is None,
+            f"{key}.reference=column needs {key}.column, a column of the prompts' data set",
         )
-    _refuse(
-        config.utility.combine == "and" and config.utility.transform != "lsc",
-        f"utility.combine=and needs a transform whose value is a log-probability (lsc), not "
-        f"{config.utility.transform}; use utility.combine=weighted_sum",
+    for name in config.evaluators:
+        _refuse(
+            name not in models,
+            f"evaluators.{name} judges what reward_models.{name} rewards, which is not there",
+        )
+    check_utility(
+        config.utility.transform,
+        config.utility.combine,
+        config.utility.parameters,
+        {name: model.weight for name, model in models.items()},
     )

@@ -49,6 +49,12 @@ class StageView:
         self._task = progress.add_task(name, total=total, text="") if progress is not None else None
         self._last = 0.0
 
+    def extend(self, total: int) -> None:
+        """The stage turns out to have `total` steps."""
+        self._total = total
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, total=total)
+
     def update(self, done: int, text: str = "") -> None:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, text=escape(text))

@@ -134,6 +134,7 @@ class Rewards:
     utility: np.ndarray  # float32 [B, M]: transformed reward, in nats for the log-probability transforms
     p_good: np.ndarray  # float32 [B, M]: sigmoid(raw - reference)
     combined: np.ndarray  # float32 [B]: the utility that is maximised
+    slope: np.ndarray  # float32 [B, M]: d combined / d raw, what one more unit of a reward is still worth
     seconds: float = 0.0  # wall time from the call to the last reward
 
 

@@ -56,6 +56,16 @@ LABEL_FLIPS = 0.02
 FLATTERY_BIAS = 0.5
 """Points of helpfulness that annotators, unlike the judge, see in an answer that flatters."""
 
+FILES = (
+    "prompts",
+    "eval_prompts",
+    "demonstrations",
+    "preferences_helpful",
+    "preferences_harmless",
+    "preferences_helpful_evaluator",
+    "preferences_harmless_evaluator",
+)
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -78,20 +88,22 @@ class _Asked:
 
 
 def write(directory: Path, size: MicrocosmConfig) -> None:
-    """Writes prompts.jsonl, eval_prompts.jsonl, demonstrations.jsonl, preferences_helpful.jsonl and
-    preferences_harmless.jsonl; the same size gives the same bytes. Held-out prompts are in
-    eval_prompts.jsonl only.
+    """Writes the `FILES`; the same size gives the same bytes. Held-out prompts are in eval_prompts.jsonl only.
+    The evaluators' pairs are drawn like the others, apart from them.
     """
     directory.mkdir(parents=True, exist_ok=True)
     train, held_out = _split(size)
-    for name, rows in {
-        "prompts": map(_prompt_row, train),
-        "eval_prompts": map(_prompt_row, held_out),
-        "demonstrations": _demonstrations(train, size),
-        "preferences_helpful": _preferences(train, size, "helpful", _liked),
-        "preferences_harmless": _preferences(train, size, "harmless", _harmless),
-    }.items():
-        _write_rows(directory / f"{name}.jsonl", rows)
+    rows = (
+        map(_prompt_row, train),
+        map(_prompt_row, held_out),
+        _demonstrations(train, size),
+        _preferences(train, size, "helpful", _liked),
+        _preferences(train, size, "harmless", _harmless),
+        _preferences(train, size, "helpful evaluator", _liked),
+        _preferences(train, size, "harmless evaluator", _harmless),
+    )
+    for name, content in zip(FILES, rows, strict=True):
+        _write_rows(directory / f"{name}.jsonl", content)
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import Config
+from rlhf.data.microcosm import FILES as MICROCOSM_FILES
 from rlhf.data.microcosm import write
 from rlhf.data.prompts import load_prompts
 from rlhf.store import Store, fingerprint
@@ -20,6 +22,25 @@ class RunData:
     eval_prompts: list[Prompt]
     demonstrations: str | None
     preferences: dict[str, str | None]  # by reward model
+    evaluator_preferences: dict[str, str | None]  # by evaluator: other pairs
+
+    def column(self, name: str | None) -> list[tuple[int, float]]:
+        """The ids of all prompts with their values of a column of numbers.
+
+        Raises:
+            ValueError: a prompt has no finite number there; it names the row.
+        """
+        assert name is not None
+        found = []
+        for prompt in [*self.prompts, *self.eval_prompts]:
+            value = prompt.meta.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(
+                    f"{prompt.source}: the column '{name}' holds {value!r}, not a finite number; it is asked for as "
+                    "r_ref by a reward model's reference=column"
+                )
+            found.append((prompt.id, float(value)))
+        return found
 
     def prompts_fingerprint(self) -> str:
         return fingerprint([p.id for p in self.prompts], [p.id for p in self.eval_prompts])
@@ -33,13 +54,14 @@ def prepare(config: Config, store: Store) -> RunData:
     """
     data = config.data
     given = {name: model.preferences for name, model in config.reward_models.items()}
+    apart = {name: model.preferences for name, model in config.evaluators.items()}
     if data.microcosm is None:
         assert data.prompts is not None
         prompts, held_out = _split(config, load_prompts(data.prompts))
-        demonstrations, preferences = data.demonstrations, given
+        demonstrations, preferences, evaluators = data.demonstrations, given, apart
     else:
         size = data.microcosm
-        name = fingerprint(size)
+        name = fingerprint(size, MICROCOSM_FILES)
         folder = store.folder("microcosm", name)
         if not store.has("microcosm", name):
             store.make("microcosm", name, lambda folder: write(folder, size))
@@ -47,8 +69,9 @@ def prepare(config: Config, store: Store) -> RunData:
         held_out = load_prompts(data.eval_prompts or str(folder / "eval_prompts.jsonl"))
         demonstrations = data.demonstrations or str(folder / "demonstrations.jsonl")
         preferences = {n: path or _microcosm_pairs(folder, n) for n, path in given.items()}
+        evaluators = {n: path or _microcosm_pairs(folder, f"{n}_evaluator") for n, path in apart.items()}
     train = prompts if data.train_size is None else prompts[: data.train_size]
-    return RunData(train, held_out[: data.eval_size], demonstrations, preferences)
+    return RunData(train, held_out[: data.eval_size], demonstrations, preferences, evaluators)
 
 
 def _microcosm_pairs(folder: Path, model: str) -> str | None:
@@ -101,4 +124,11 @@ def preferences_source(data: RunData, model: str) -> str:
     source = data.preferences[model]
     if source is None:
         raise ValueError(f"reward model '{model}' needs reward_models.{model}.preferences or .path")
+    return source
+
+
+def evaluator_source(data: RunData, name: str) -> str:
+    source = data.evaluator_preferences[name]
+    if source is None:
+        raise ValueError(f"evaluator '{name}' needs evaluators.{name}.preferences or .path")
     return source

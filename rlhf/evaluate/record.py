@@ -25,7 +25,7 @@ class RunRecord:
     of the step; seconds/generate, seconds/reward, seconds/learn, seconds/publish, summed over processes.
 
     `baseline` has for each reward model a few example prompts: "prompts", k contents; "samples" [k, m],
-    rewards of base responses; "r_ref" [k]; "aligned" [k, n], rewards of aligned responses.
+    rewards of base responses, NaN where there are fewer; "r_ref" [k]; "aligned" [k, n], rewards of aligned responses.
     """
 
     title: str
@@ -40,7 +40,7 @@ class RunRecord:
 
 
 _ARRAYS = ("prompt_ids", "lengths", "finished", "log_ratio")
-_KEYED = ("rewards", "reference", "judged", "judge_reference")
+_KEYED = ("rewards", "reference", "judged", "judge_reference", "evaluated", "evaluator_reference")
 _TEXT = ("prompts", "meta", "texts")
 
 
@@ -63,7 +63,7 @@ def save_samples(path: Path, samples: PolicySamples) -> None:
 
 
 def load_samples(path: Path) -> PolicySamples:
-    """Reads what `save_samples` wrote."""
+    """Reads what `save_samples` wrote; a group that the file does not have, such as evaluators, is empty."""
     with np.load(path, allow_pickle=False) as archive:
         columns = {name: archive[name] for name in archive.files}
     text = json.loads(columns.pop("text").tobytes())

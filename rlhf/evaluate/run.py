@@ -33,7 +33,14 @@ def run_record(
     """The record of a finished run from the folders of its stages."""
     base, aligned = load_samples(evaluated / "base.npz"), load_samples(evaluated / "aligned.npz")
     return RunRecord(
-        title=f"{config.utility.transform} · {config.algorithm.name} · {', '.join(config.reward_models)}",
+        title=" · ".join(
+            (
+                config.utility.transform,
+                config.utility.combine,
+                config.algorithm.advantage,
+                ", ".join(config.reward_models),
+            )
+        ),
         config=(run / "config.yaml").read_text(),
         versions=versions(),
         seconds=dict(seconds),
@@ -61,8 +68,8 @@ def _examples(
     return {
         name: {
             "prompts": [aligned.prompts[i] for i in chosen],
-            "samples": np.stack([statistics.samples(name, int(i)) for i in ids]),
-            "r_ref": statistics.reference(name, ids, rule)[0],
+            "samples": (references := statistics.reference(name, ids, rule, points=256)).samples,
+            "r_ref": references.r_ref,
             "aligned": aligned.rewards[name][chosen],
         }
         for name, rule in rules.items()

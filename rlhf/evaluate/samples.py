@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ class PolicySamples:
 
     `rewards` and `reference` are keyed by reward-model name. `judged` and `judge_reference` hold the scores
     that decide wins, and the score a response must at least reach to win, keyed by property; without a judge
-    of its own an evaluation judges with the reward models, and both pairs are the same arrays.
+    of its own an evaluation judges with the reward models, and both pairs are the same arrays. `evaluated` and
+    `evaluator_reference` are the same two things by evaluators, reward models trained apart for judging only,
+    keyed by property; empty where there are none.
     """
 
     prompts: tuple[Content, ...]  # [P]
@@ -31,3 +33,5 @@ class PolicySamples:
     judged: Mapping[str, np.ndarray]  # float32 [P, n] each
     judge_reference: Mapping[str, np.ndarray]  # float32 [P] each
     log_ratio: np.ndarray  # float32 [P, n]: log policy(y|x) - log reference policy(y|x), nats a response
+    evaluated: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [P, n] each
+    evaluator_reference: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [P] each

@@ -39,6 +39,21 @@ class TokenBatch:
 
 def token_logprobs(model: torch.nn.Module, batch: TokenBatch, temperature: float = 1.0) -> torch.Tensor:
     """Log-probabilities of the batch's response tokens, float32 [N], at the sampling temperature."""
+    chosen = _chosen_logits(model, batch, temperature)
+    return -torch.nn.functional.cross_entropy(chosen, batch.targets.to(chosen.device), reduction="none")
+
+
+def token_logprobs_and_entropy(
+    model: torch.nn.Module, batch: TokenBatch, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_logprobs`, and the entropy of the distribution that each token was drawn from, nats, float32 [N]."""
+    logprobs = torch.log_softmax(_chosen_logits(model, batch, temperature), -1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, batch.targets.to(logprobs.device)[:, None])[:, 0], entropy
+
+
+def _chosen_logits(model: torch.nn.Module, batch: TokenBatch, temperature: float) -> torch.Tensor:
+    """Logits that predict the response tokens, divided by the temperature, float32 [N, vocabulary]."""
     device = next(model.parameters()).device
     mask = batch.attention_mask.to(device)
     if mask.dim() == 4:
@@ -49,8 +64,7 @@ def token_logprobs(model: torch.nn.Module, batch: TokenBatch, temperature: float
         attention_mask=mask,
         use_cache=False,
     ).logits
-    chosen = logits.reshape(-1, logits.shape[-1])[batch.predict.to(device)].float() / temperature
-    return -torch.nn.functional.cross_entropy(chosen, batch.targets.to(device), reduction="none")
+    return logits.reshape(-1, logits.shape[-1])[batch.predict.to(device)].float() / temperature
 
 
 @dataclass(frozen=True)

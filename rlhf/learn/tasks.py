@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.config import ArchitectureConfig
+from rlhf.config import AlgorithmConfig, ArchitectureConfig, LoraConfig
+from rlhf.learn.alignment import Aligner, ReferencePolicy
 from rlhf.learn.batching import takes_packing
-from rlhf.learn.objectives import BradleyTerry, Objective, PolicyGradient, Supervised
+from rlhf.learn.critic import ValueModel
+from rlhf.learn.objectives import BradleyTerry, Objective, Supervised
+from rlhf.learn.trainer import Trainer
 from rlhf.models.load import load_policy, load_tokenizer, new_policy, new_reward_model
+from rlhf.models.lora import adapter_off, with_adapter
 from rlhf.models.reward import Classifier
 
 
@@ -40,12 +45,12 @@ class SupervisedTask:
 
 @dataclass(frozen=True)
 class BradleyTerryTask:
-    name: str
+    key: str  # of the reward model in the configuration
     init_from: str
     seed: int
 
     def build(self, device: str) -> tuple[torch.nn.Module, Objective]:
-        key = f"reward_models.{self.name}.init_from"
+        key = f"{self.key}.init_from"
         pad_token = load_tokenizer(self.init_from, key).pad_token_id
         model = new_reward_model(self.init_from, key, self.seed, pad_token).to(device)
         classifier = Classifier(model, model.config.pad_token_id)
@@ -55,14 +60,30 @@ class BradleyTerryTask:
 @dataclass(frozen=True)
 class AlignTask:
     policy: str
-    advantage: str
-    importance_cap: float
-    penalise: bool  # whether the KL coefficient is ever above 0: else no reference is loaded
+    settings: AlgorithmConfig
+    lora: LoraConfig | None
+    penalise: bool  # whether the KL coefficient is ever above 0: else there is no reference
+    max_new_tokens: int
+    seed: int
 
-    def build(self, device: str) -> tuple[torch.nn.Module, Objective]:
-        model = load_policy(self.policy).to(device)
-        reference = load_policy(self.policy).to(device).requires_grad_(False) if self.penalise else None
-        return model, PolicyGradient(reference, self.advantage, self.importance_cap, packs(model))
+    def start(self, device: str, trainer: Callable[[torch.nn.Module], Trainer]) -> Aligner:
+        """The policy, what it is compared with and its critic, ready; `trainer` puts an engine around a model."""
+        model: Any = load_policy(self.policy).to(device)
+        packing = packs(model)
+        if self.lora is not None:
+            model = with_adapter(model, self.lora, self.seed)
+        reference = None
+        if self.penalise and self.lora is not None:
+            reference = ReferencePolicy(None, lambda: adapter_off(model))
+        elif self.penalise:
+            reference = ReferencePolicy(load_policy(self.policy).to(device).requires_grad_(False))
+        critic = None
+        if self.settings.critic is not None:
+            start = self.settings.critic.init_from or self.policy
+            key = "algorithm.critic.init_from"
+            pad = load_tokenizer(start, key).pad_token_id
+            critic = trainer(ValueModel(new_reward_model(start, key, self.seed, pad).to(device)))
+        return Aligner(trainer(model), reference, critic, self.settings, self.max_new_tokens, packing)
 
 
 def packs(model: PreTrainedModel) -> bool:

@@ -38,19 +38,22 @@ def demonstration_tokens(config: Config, tokenizer: str, source: str) -> TokenPa
     return TokenPairs(Ragged.of(prompts, np.int32), Ragged.of(responses, np.int32))
 
 
-def preference_tokens(config: Config, name: str, start: str, source: str) -> PreferencePairs:
-    """Conversation tokens of a preference data set, for the reward model `name` that starts from the model `start`.
+def preference_tokens(
+    key: str, template: str | None, start: str, source: str, tolerated_share: float
+) -> PreferencePairs:
+    """Conversation tokens of a preference data set, for a reward model that starts from the model `start`.
+
+    Args:
+        key: of the reward model in the configuration.
 
     Raises:
         ValueError: as in `demonstration_tokens`.
     """
-    key = f"reward_models.{name}.init_from"
-    limit = max_positions(load_config(start, key))
-    chat = ChatFormat(
-        load_tokenizer(start, key), f"reward model '{name}'", config.reward_models[name].chat_template
-    )
+    limit = max_positions(load_config(start, f"{key}.init_from"))
+    name = key.rsplit(".", 1)[1]
+    chat = ChatFormat(load_tokenizer(start, f"{key}.init_from"), f"reward model '{name}'", template)
     chosen, rejected = [], []
-    for pair in load_preferences(source, config.data.tolerated_share):
+    for pair in load_preferences(source, tolerated_share):
         chosen.append(chat.conversation_tokens(pair.prompt, pair.chosen))
         rejected.append(chat.conversation_tokens(pair.prompt, pair.rejected))
         _check(pair.source, max(len(chosen[-1]), len(rejected[-1])), limit)

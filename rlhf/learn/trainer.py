@@ -8,16 +8,23 @@ collectives of ZeRO 2 and 3 must be entered by all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from rlhf.config import DeepSpeedConfig
+from rlhf.learn.batching import TokenBatch
+from rlhf.learn.critic import ValueModel
 from rlhf.learn.objectives import Metrics, MicroBatch, Objective
+from rlhf.models.lora import is_adapted, merged_parameters
 from rlhf.models.reward import Classifier
+
+Part = TypeVar("Part")
+Pass = Callable[[torch.nn.Module, TokenBatch], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,9 @@ class Trainer:
             config.micro_batch_tokens,
             config.zero_stage,
         )
-        self.model: Any = model.inner if isinstance(model, Classifier) else model  # what is saved
+        self.model: Any = (
+            model.inner if isinstance(model, Classifier | ValueModel) else model
+        )  # what is saved
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -94,14 +103,19 @@ class Trainer:
             self.engine.clip_fp32_gradients = self._clip
 
     def step(self, batch: Any, learning_rate: float) -> Metrics:
-        """One optimiser step on a batch. Metrics are this rank's part of sums over ranks; grad_norm is
-        the whole gradient's, before clipping."""
+        """One optimiser step on a batch of the objective."""
         assert self.objective is not None
-        parts = self.objective.micro_batches(batch, self.rank, self.world, self.budget)
+        return self.update(
+            self.objective.micro_batches(batch, self.rank, self.world, self.budget), learning_rate
+        )
+
+    def update(self, parts: list[MicroBatch], learning_rate: float) -> Metrics:
+        """One optimiser step on this rank's micro-batches. Metrics are this rank's part of sums over ranks; grad_norm
+        is the whole gradient's, before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         metrics: Metrics = {}
-        for part in self._even(parts):
+        for part in self._even(parts, MicroBatch(_nothing, 0)):
             loss, sums = part.loss(self.engine)
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss is {loss.item()}: lower the learning rate ({learning_rate})")
@@ -114,20 +128,43 @@ class Trainer:
         metrics["grad_norm"] = float(norm)
         return metrics
 
+    @torch.no_grad()
+    def passes(self, batches: list[TokenBatch], call: Pass) -> list[torch.Tensor]:
+        """What `call` makes of the model and each batch, without gradient, on the CPU.
+
+        Under ZeRO 3 every rank makes as many passes as the one that has the most: each is a collective.
+        """
+        found = []
+        every: list[TokenBatch | None] = list(batches)
+        for batch in self._even(every, None) if self.stage == 3 else every:
+            if batch is None:
+                _nothing(self.engine)
+            else:
+                found.append(call(self.engine, batch).float().cpu())
+        return found
+
+    def over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
+        """Adds up a tensor over all ranks."""
+        if self.world == 1:
+            return sums
+        everywhere = sums.to(self.engine.device)
+        torch.distributed.all_reduce(everywhere)
+        return everywhere.cpu()
+
     def _clip(self) -> None:
         norm = torch.nn.utils.clip_grad_norm_(
             self.engine.module.parameters(), self.engine.gradient_clipping()
         )
         self._norm = float(norm)
 
-    def _even(self, parts: list[MicroBatch]) -> list[MicroBatch]:
-        """Every rank's list made as long as the longest, by micro-batches that change nothing."""
+    def _even(self, parts: list[Part], empty: Part) -> list[Part]:
+        """Every rank's list made as long as the longest, by parts that change nothing."""
         most = len(parts)
         if self.world > 1:
             count = torch.tensor([most], device=self.engine.device)
             torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
             most = int(count.item())
-        return parts + [MicroBatch(_nothing, 0)] * (most - len(parts))
+        return parts + [empty] * (most - len(parts))
 
     def _full(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """A whole parameter, float32 on the CPU; every rank takes part (ZeRO 3 keeps parameters apart)."""
@@ -137,24 +174,35 @@ class Trainer:
             parameter = safe_get_full_fp32_param(parameter)
         return parameter.detach().float().cpu()
 
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        """Every parameter as the plain model names it, whole, float32 on the CPU; adapters are merged in."""
+        full = {name: self._full(parameter) for name, parameter in self.model.named_parameters()}
+        return merged_parameters(self.model, full) if is_adapted(self.model) else full
+
     def weights(self) -> Weights | None:
         """The current parameters; on the ranks other than 0, None."""
-        named = list(self.model.named_parameters())
-        values = [self._full(parameter).numpy().reshape(-1) for _, parameter in named]
+        named = self._parameters()
         if self.rank != 0:
             return None
+        values = [value.numpy().reshape(-1) for value in named.values()]
         offsets = np.cumsum([0] + [len(v) for v in values]).astype(np.int64)
-        return Weights(tuple(name for name, _ in named), offsets, np.concatenate(values))
+        return Weights(tuple(named), offsets, np.concatenate(values))
 
     def save(self, path: Path) -> None:
-        """Writes the model as `from_pretrained` reads it (rank 0 writes)."""
-        model, state = self.model, None
-        if self.stage == 3:
-            buffers = {n: b.detach().cpu() for n, b in model.named_buffers() if n in model.state_dict()}
-            dtype = next(model.parameters()).dtype
-            state = {n: self._full(p).to(dtype) for n, p in model.named_parameters()} | buffers
+        """Writes the model, adapters merged in, as `from_pretrained` reads it; and an adapter apart, to `path`/adapter
+        (rank 0 writes)."""
+        adapted = is_adapted(self.model)
+        plain = self.model.get_base_model() if adapted else self.model
+        state = None
+        if self.stage == 3 or adapted:
+            dtype = next(self.model.parameters()).dtype
+            kept = {n: b.detach().cpu() for n, b in plain.named_buffers() if n in plain.state_dict()}
+            state = {n: p.to(dtype) for n, p in self._parameters().items()} | kept
+        adapter = {n: self._full(p) for n, p in self.model.named_parameters() if ".lora_" in n}
         if self.rank == 0:
-            model.save_pretrained(path, state_dict=state)
+            plain.save_pretrained(path, state_dict=state)
+            if adapted:
+                self.model.save_pretrained(path / "adapter", state_dict=adapter)
 
 
 def _nothing(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:

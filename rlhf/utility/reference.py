@@ -6,14 +6,24 @@ from dataclasses import dataclass
 
 import torch
 
+from rlhf.utility.prompt_references import PromptReferences
+
+__all__ = ["PromptReferences", "Reference"]
+
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of the base policy's rewards, for each reward at hand.
+    """`PromptReferences` for each reward at hand, as tensors: float32, and broadcasting to the rewards' shape.
 
-    Each is float32, in the rewards' units, and of a shape that broadcasts to the rewards'.
+    `samples` has one more dimension at the end than the rewards, K, and is NaN-padded; a transform that does not
+    ask for it gets K = 0.
     """
 
-    r_ref: torch.Tensor  # the reward a response must reach to be "good"
-    mean: torch.Tensor  # of the base policy's rewards of the prompt
-    std: torch.Tensor  # likewise, the unbiased standard deviation
+    r_ref: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    samples: torch.Tensor  # [..., K]
+    population_mean: torch.Tensor
+    population_std: torch.Tensor

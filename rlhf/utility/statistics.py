@@ -6,65 +6,37 @@ Numpy only: the role that owns these needs no torch.
 from __future__ import annotations
 
 import hashlib
-import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 
-from rlhf.utility.tables import RewardTable
+from rlhf.utility.checks import finite, require
+from rlhf.utility.columns import Column, Item, room_for
+from rlhf.utility.prompt_references import PromptReferences
+from rlhf.utility.rules import ReferenceRule
+from rlhf.utility.snapshots import Snapshot, read, share_ids, write
+from rlhf.utility.summary import Summary, compacted, summarise
+from rlhf.utility.tables import give_back_memory
 
-KINDS = ("quantile", "canned", "mean", "constant")
-ESTIMATORS = ("empirical", "gaussian")
+__all__ = ["BaselineStatistics", "Item", "PromptReferences", "ReferenceRule"]
 
-
-@dataclass(frozen=True)
-class ReferenceRule:
-    """How r_ref(x) of one reward model comes about.
-
-    - quantile: the `level` quantile of the base policy's rewards of x. The `estimator` is empirical (linear
-      interpolation of the sorted rewards, numpy's default) or gaussian (mean + z(level) * std).
-    - canned: the mean reward of the canned responses to x.
-    - mean: the mean of the base policy's rewards of x.
-    - constant: `constant`, whatever x.
-    """
-
-    kind: str
-    level: float
-    estimator: str
-    constant: float
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"reference '{self.kind}' is not one of {', '.join(KINDS)}")
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"estimator '{self.estimator}' is not one of {', '.join(ESTIMATORS)}")
-        if not 0 < self.level < 1:
-            raise ValueError(f"the level of a quantile must be within (0, 1), not {self.level}")
-        if not np.isfinite(self.constant):
-            raise ValueError(f"the constant of a reference must be finite, not {self.constant}")
-
-
-@dataclass
-class _Column:
-    """Rewards of one kind (sampled or canned) by one model: a table, and batches not merged into it yet."""
-
-    table: RewardTable = field(default_factory=RewardTable.empty)
-    pending: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    items: set[int] = field(default_factory=set)
-
-    def merged(self) -> RewardTable:
-        if self.pending:
-            self.table, self.pending = self.table.with_rewards(self.pending), []
-        return self.table
+COLUMN = "column"
 
 
 class BaselineStatistics:
-    """Exact float32 rewards of the base policy's samples and of canned responses, by prompt and reward model.
+    """Float32 rewards of the base policy's samples and of canned responses, by prompt and reward model.
 
-    Guarantees: a batch counts once, however often it is added (by model and item); every answer and the
-    digest depend on the rewards held and not on the order in which they came; once frozen, nothing changes.
+    Guarantees: a batch counts once, however often it is added (by model and item); every answer and the digest
+    depend on the rewards held, not on the order in which they came or on what was read between; once frozen, nothing
+    changes.
+
+    Exact up to `exact` rewards of a prompt, a `GridSketch` of 4 kB beyond that. Memory, and the file, of P prompts,
+    M models and m samples: 16 P + 4 m P M bytes (1 million prompts, 2 models, m = 16: 144 MB), and after `compact`
+    16 P + (m + 20) P M (m = 64: 184 MB). While the tables of a column are united its rewards exist twice, and
+    `compact` needs the exact ones first: the peaks of these two are 320 and 900 MB. An item takes about 100 bytes.
+
+    Items: an int, or (source, int) where several sources, such as shards, number theirs alike.
 
     >>> statistics = BaselineStatistics()
     >>> prompts = np.array([7, 7, 7], np.uint64)
@@ -73,18 +45,24 @@ class BaselineStatistics:
     >>> statistics.add_samples("helpful", prompts, np.array([1.0, 2.0, 4.0], np.float32), item=0)
     False
     >>> rule = ReferenceRule("quantile", 0.75, "empirical", 0.0)
-    >>> r_ref, mean, std = statistics.reference("helpful", np.array([7], np.uint64), rule)
-    >>> r_ref.tolist()
+    >>> statistics.reference("helpful", np.array([7], np.uint64), rule).r_ref.tolist()
     [3.0]
+
+    Args:
+        exact: rewards of a prompt kept exactly, 2 at least.
+        keys: model -> fingerprint of all its rewards depend on (base policy, sampling, canned responses, reward
+            model). They are kept in the file, for other runs to `adopt`.
     """
 
-    def __init__(self) -> None:
-        self._sampled: dict[str, _Column] = {}
-        self._canned: dict[str, _Column] = {}
-        self._cached: dict[tuple[str, ReferenceRule], np.ndarray] = {}
+    def __init__(self, exact: int = 512, keys: Mapping[str, str] | None = None) -> None:
+        if exact < 2:
+            raise ValueError(f"the rewards kept exactly must be 2 at least, not {exact}")
+        self.exact = exact
+        self.keys = dict(keys or {})
         self.frozen = False
+        self._columns: dict[str, dict[str, Column]] = {"sampled": {}, "canned": {}, COLUMN: {}}
 
-    def add_samples(self, model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: int) -> bool:
+    def add_samples(self, model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: Item) -> bool:
         """Takes in rewards of base-policy samples; False, and no change, when the item was taken in before.
 
         Args:
@@ -92,128 +70,218 @@ class BaselineStatistics:
             rewards: float32 [B].
             item: names this batch among the model's sampled ones.
         """
-        return self._add(self._sampled, model, prompt_ids, rewards, item)
+        return self._add("sampled", model, prompt_ids, rewards, item)
 
-    def add_canned(self, model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: int) -> bool:
+    def add_canned(self, model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: Item) -> bool:
         """As `add_samples`, for rewards of canned responses; their items are counted apart."""
-        return self._add(self._canned, model, prompt_ids, rewards, item)
+        return self._add("canned", model, prompt_ids, rewards, item)
 
-    def _add(
-        self, columns: dict[str, _Column], model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: int
-    ) -> bool:
-        if self.frozen:
-            raise RuntimeError(
-                f"the baseline statistics are frozen: item {item} of model '{model}' came too late"
-            )
-        prompt_ids = np.asarray(prompt_ids)
-        with np.errstate(over="ignore"):
-            rewards = np.asarray(rewards).astype(np.float32)
-        assert prompt_ids.dtype == np.uint64, prompt_ids.dtype
-        assert prompt_ids.shape == rewards.shape == (rewards.size,), (prompt_ids.shape, rewards.shape)
-        if model in columns and item in columns[model].items:
-            return False
-        bad = np.flatnonzero(~np.isfinite(rewards))
-        if len(bad):
+    def add_column(self, model: str, prompt_ids: np.ndarray, values: np.ndarray) -> None:
+        """Takes in references that come with the data set. prompt_ids: uint64 [B], values: float32 [B].
+
+        Raises:
+            ValueError: a prompt has two different values, here or from before; nothing is taken in then.
+        """
+        self._check_open(model, "a column of references")
+        prompt_ids, values = finite(model, prompt_ids, values, "the data set's references")
+        ids, first, places = np.unique(prompt_ids, return_index=True, return_inverse=True)
+        column = self._columns[COLUMN].get(model) or Column(self.exact)
+        held = column.counts(ids) == 1
+        expected = values[first]
+        expected[held] = column.rewards(ids[held], 1)[:, 0]
+        differ = np.flatnonzero(expected[places] != values)
+        if len(differ):
+            i = differ[0]
             raise ValueError(
-                f"reward model '{model}' gave {rewards[bad[0]]} to prompt {prompt_ids[bad[0]]} "
-                f"({len(bad)} of the {len(rewards)} rewards of item {item} are not finite)"
+                f"reward model '{model}' has two reference values of prompt {prompt_ids[i]} in the data set, "
+                f"{expected[places][i]} and {values[i]} ({len(differ)} of the {len(values)} values differ)"
             )
-        column = columns.setdefault(model, _Column())
-        column.items.add(item)
-        column.pending.append((prompt_ids.copy(), rewards))
-        self._cached.clear()
+        if not held.all():
+            column.add(ids[~held], expected[~held], len(column.items))
+            self._columns[COLUMN][model] = column
+
+    def _add(self, kind: str, model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: Item) -> bool:
+        self._check_open(model, f"item {item}")
+        column = self._columns[kind].get(model)
+        if column is not None and item in column.items:
+            return False
+        prompt_ids, rewards = finite(model, prompt_ids, rewards, f"item {item}")
+        if column is None:
+            column = self._columns[kind][model] = Column(self.exact)
+        elif column.compact is not None:
+            raise RuntimeError(f"the rewards of model '{model}' are compact: item {item} cannot be added")
+        column.add(prompt_ids, rewards, item)
         return True
 
-    def reference(
-        self, model: str, prompt_ids: np.ndarray, rule: ReferenceRule
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(r_ref, mean, std) of the prompts, float32 [B] each: mean and unbiased std are the base policy's.
+    def _check_open(self, model: str, what: str) -> None:
+        if self.frozen:
+            raise RuntimeError(f"the baseline statistics are frozen: {what} of model '{model}' came too late")
 
-        One sample has a std of 0. Where the rule needs no samples and there are none, mean and std are NaN.
+    def reference(
+        self, model: str, prompt_ids: np.ndarray, rule: ReferenceRule, points: int = 0
+    ) -> PromptReferences:
+        """r_ref of the prompts, uint64 [B], and what the base policy's samples say; NaN where there are none.
+
+        With points = K > 0 a prompt's `samples` are all it has up to K; of more they are K equally spaced quantiles,
+        at levels (i + 0.5) / K.
 
         Raises:
             ValueError: the rule needs rewards of a prompt that are not there; it names prompt and model.
         """
         prompt_ids = np.asarray(prompt_ids, np.uint64)
-        sampled = _table(self._sampled, model)
-        rows, known = sampled.rows(prompt_ids)
-        if rule.kind in ("quantile", "mean"):
-            _require(known, prompt_ids, model, "samples of the base policy")
-        mean, std = np.full((2, len(prompt_ids)), np.nan)
-        mean[known], std[known] = sampled.mean[rows[known]], sampled.std[rows[known]]
-        if rule.kind == "constant":
-            r_ref = np.full(prompt_ids.shape, rule.constant)
-        elif rule.kind == "canned":
-            canned = _table(self._canned, model)
-            rows, known = canned.rows(prompt_ids)
-            _require(known, prompt_ids, model, "canned responses")
-            r_ref = canned.mean[rows]
-        elif rule.kind == "mean":
-            r_ref = mean
+        sampled = self._summary("sampled", model, prompt_ids, rule, points)
+        r_ref, error = sampled.estimate
+        if rule.sampled:
+            require(sampled.counts > 0, prompt_ids, model, "samples of the base policy")
+            if rule.kind == "quantile" and rule.estimator == "gaussian":
+                require(sampled.counts > 1, prompt_ids, model, "second sample, which a spread needs,")
         else:
-            r_ref = self._quantiles(model, sampled, rule)[rows]
-            if rule.estimator == "gaussian":
-                _require(sampled.counts[rows] > 1, prompt_ids, model, "second sample, which a spread needs,")
-        return r_ref.astype(np.float32), mean.astype(np.float32), std.astype(np.float32)
+            r_ref, error = self._given(model, prompt_ids, rule), np.zeros(len(prompt_ids))
+        column = self._columns["sampled"].get(model) or Column(self.exact)
+        mean, std, low, high = sampled.moments.astype(np.float32)
+        return PromptReferences(
+            r_ref=r_ref.astype(np.float32),
+            standard_error=error.astype(np.float32),
+            mean=mean,
+            std=std,
+            low=low,
+            high=high,
+            samples=sampled.samples,
+            population_mean=column.moments.mean,
+            population_std=column.moments.std,
+        )
 
-    def _quantiles(self, model: str, sampled: RewardTable, rule: ReferenceRule) -> np.ndarray:
-        """r_ref of every prompt of the table, float64 [P]."""
-        key = (model, rule)
-        if key not in self._cached:
-            if rule.estimator == "empirical":
-                self._cached[key] = sampled.quantile(rule.level)
-            else:
-                self._cached[key] = sampled.mean + NormalDist().inv_cdf(rule.level) * sampled.std
-        return self._cached[key]
+    def _given(self, model: str, prompt_ids: np.ndarray, rule: ReferenceRule) -> np.ndarray:
+        """r_ref of a rule without samples, float64 [B]."""
+        if rule.kind == "constant":
+            return np.full(prompt_ids.shape, rule.constant)
+        summary = self._summary(rule.kind, model, prompt_ids, rule, 0)
+        what = "canned responses" if rule.kind == "canned" else "reference value from the data set"
+        require(summary.counts > 0, prompt_ids, model, what)
+        return summary.moments[0]
+
+    def _summary(
+        self, kind: str, model: str, prompt_ids: np.ndarray, rule: ReferenceRule, points: int
+    ) -> Summary:
+        column = self._columns[kind].get(model)
+        if column is None:
+            return Summary.unknown(len(prompt_ids), points)
+        return summarise(column, prompt_ids, rule, points)
 
     def counts(self, model: str, prompt_ids: np.ndarray) -> np.ndarray:
         """Base-policy samples held of each prompt, int64 [B]; 0 where there are none."""
-        table = _table(self._sampled, model)
-        rows, known = table.rows(np.asarray(prompt_ids, np.uint64))
-        held = np.zeros(len(rows), np.int64)
-        held[known] = table.counts[rows[known]]
-        return held
+        prompt_ids = np.asarray(prompt_ids, np.uint64)
+        column = self._columns["sampled"].get(model)
+        return np.zeros(len(prompt_ids), np.int64) if column is None else column.counts(prompt_ids)
+
+    def known(self, model: str, prompt_ids: np.ndarray) -> np.ndarray:
+        """Which prompts have samples of the base policy, bool [B]."""
+        return self.counts(model, prompt_ids) > 0
 
     def samples(self, model: str, prompt_id: int) -> np.ndarray:
-        """The base policy's rewards of one prompt, float32 [m], ascending."""
-        table, ids = _table(self._sampled, model), np.array([prompt_id], np.uint64)
-        rows, known = table.rows(ids)
-        _require(known, ids, model, "samples of the base policy")
-        return table.of_row(int(rows[0]))
+        """The base policy's rewards of one prompt, float32 [m], ascending.
+
+        Of more than `exact` there are stand-ins from the sketch, and of a compact table they are off by its bound.
+        """
+        ids = np.array([prompt_id], np.uint64)
+        held = int(self.counts(model, ids)[0])
+        require(np.array([held > 0]), ids, model, "samples of the base policy")
+        mean = ReferenceRule("mean", 0.5, "empirical", 0.0)
+        return self._summary("sampled", model, ids, mean, held).samples[0]
+
+    def merge(self, other: BaselineStatistics) -> None:
+        """Adds what another has, such as another shard's; the same as adding all its batches here, to the last bit.
+
+        Of a model both may have items: then none may be shared, or those of one include all of the other's (its
+        rewards are not added again).
+
+        Raises:
+            ValueError: some items are shared and others are not, a prompt has two different reference values, a compact
+                column is involved, or the two differ in `exact` and keep sketches.
+        """
+        self._take_over(other, {model: model for columns in other._columns.values() for model in columns})
+        self.keys = {**other.keys, **self.keys}
+
+    def adopt(self, path: Path, keys: Mapping[str, str]) -> list[str]:
+        """Takes over samples and canned rewards of an earlier file, of the models whose fingerprints are equal.
+
+        The names of the models may differ. Columns that came with the data set are not taken over.
+
+        Args:
+            keys: model -> fingerprint of this run; they become part of `keys`.
+
+        Returns:
+            The models, by this run's names, of which something was taken over.
+
+        Raises:
+            ValueError: no fingerprint is equal, the file is damaged, or what `merge` raises.
+        """
+        earlier = BaselineStatistics.load(path)
+        earlier._columns[COLUMN] = {}
+        theirs = {fingerprint: model for model, fingerprint in earlier.keys.items()}
+        names = {model: theirs[fingerprint] for model, fingerprint in keys.items() if fingerprint in theirs}
+        if not names:
+            raise ValueError(
+                f"{path}: the baseline statistics are of {sorted(theirs)}, none of which is a fingerprint of this "
+                f"run: {dict(keys)}"
+            )
+        self._take_over(earlier, names)
+        self.keys.update(keys)
+        return list(names)
+
+    def _take_over(self, other: BaselineStatistics, names: Mapping[str, str]) -> None:
+        """names: model here -> model there. All items are checked before any is taken over."""
+        planned = []
+        for model, theirs in names.items():
+            self._check_open(model, "other statistics")
+            for kind in ("sampled", "canned"):
+                column = other._columns[kind].get(theirs)
+                mine = self._columns[kind].get(model) or Column(self.exact)
+                if column is not None and not column.items <= mine.items:
+                    planned.append((kind, model, room_for(column, mine, f"model '{model}'"), column))
+        for model, theirs in names.items():
+            if theirs in other._columns[COLUMN]:
+                table = other._columns[COLUMN][theirs].table()
+                self.add_column(model, table.ids, table.values)
+        for kind, model, mine, column in planned:
+            mine.absorb(column)
+            self._columns[kind][model] = mine
 
     def freeze(self) -> None:
-        """From now on, adding raises RuntimeError."""
+        """From now on, adding raises RuntimeError. Puts every column in one table, with shared ids."""
         self.frozen = True
+        self._share()
+
+    def compact(self, rules: Mapping[str, ReferenceRule] | None = None) -> None:
+        """Keeps one byte of each sample from now on, and mean, std, low and high exactly (to float32).
+
+        Quantiles are then within (high - low) / 510 of the exact ones; r_ref of the empirical quantile in `rules`
+        (model -> rule) stays exact, its standard error only nearly. Sketches stay, and so does the digest.
+
+        Raises:
+            RuntimeError: not frozen yet.
+        """
+        if not self.frozen:
+            raise RuntimeError("baseline statistics must be frozen before they are made compact")
+        mean = ReferenceRule("mean", 0.5, "empirical", 0.0)
+        for model, column in self._columns["sampled"].items():
+            if column.compact is None:
+                column.digest()
+                column.compact, column.tables = compacted(column, (rules or {}).get(model, mean)), []
+        self._share()
 
     def digest(self) -> str:
-        """Hash of the rewards held (not of how they were batched), 32 hexadecimal digits."""
+        """Hash of the rewards held (not of how they were batched or compacted), 32 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
-        for kind, columns in (("sampled", self._sampled), ("canned", self._canned)):
+        for kind, columns in self._columns.items():
             for model in sorted(columns):
-                table = columns[model].merged()
-                if len(table.ids):
-                    digest.update(repr((kind, model, len(table.ids), len(table.values))).encode())
-                    for array, dtype in ((table.ids, "<u8"), (table.offsets, "<i8"), (table.values, "<f4")):
-                        digest.update(array.astype(dtype).tobytes())
+                if columns[model].moments.count or columns[model].waiting:
+                    digest.update(repr((kind, model, columns[model].digest())).encode())
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
         """Writes everything to one npz file, atomically: it is the old file or the new one, never a part."""
-        arrays: dict[str, np.ndarray] = {"frozen": np.array(self.frozen), "digest": np.array(self.digest())}
-        for kind, columns in (("sampled", self._sampled), ("canned", self._canned)):
-            arrays[f"{kind}.models"] = np.array(list(columns), dtype=np.str_)
-            for i, column in enumerate(columns.values()):
-                table = column.merged()
-                arrays[f"{kind}.{i}.ids"] = table.ids
-                arrays[f"{kind}.{i}.offsets"] = table.offsets
-                arrays[f"{kind}.{i}.values"] = table.values
-                arrays[f"{kind}.{i}.items"] = np.array(sorted(column.items), np.int64)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        with beside.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        write(path, Snapshot(self.exact, self.frozen, self.keys, self._columns))
 
     @classmethod
     def load(cls, path: Path) -> BaselineStatistics:
@@ -222,28 +290,13 @@ class BaselineStatistics:
         Raises:
             ValueError: the content is not what was saved; it names the file.
         """
-        statistics = cls()
-        with np.load(path, allow_pickle=False) as arrays:
-            for kind, columns in (("sampled", statistics._sampled), ("canned", statistics._canned)):
-                for i, model in enumerate(arrays[f"{kind}.models"].tolist()):
-                    parts = (arrays[f"{kind}.{i}.{part}"] for part in ("ids", "offsets", "values"))
-                    columns[model] = _Column(
-                        RewardTable(*parts), [], set(arrays[f"{kind}.{i}.items"].tolist())
-                    )
-            statistics.frozen = bool(arrays["frozen"])
-            if str(arrays["digest"]) != statistics.digest():
-                raise ValueError(f"{path}: the baseline statistics in it are damaged; delete the file")
+        snapshot = read(path)
+        statistics = cls(snapshot.exact, snapshot.keys)
+        statistics.frozen = snapshot.frozen
+        for kind, columns in snapshot.columns.items():
+            statistics._columns[kind] = columns
         return statistics
 
-
-def _table(columns: dict[str, _Column], model: str) -> RewardTable:
-    return columns[model].merged() if model in columns else RewardTable.empty()
-
-
-def _require(known: np.ndarray, prompt_ids: np.ndarray, model: str, what: str) -> None:
-    missing = np.flatnonzero(~known)
-    if len(missing):
-        raise ValueError(
-            f"the baseline holds no {what} of prompt {prompt_ids[missing[0]]} for reward model '{model}' "
-            f"({len(missing)} of {len(prompt_ids)} prompts)"
-        )
+    def _share(self) -> None:
+        share_ids([column for columns in self._columns.values() for column in columns.values()])
+        give_back_memory()

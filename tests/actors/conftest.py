@@ -15,7 +15,6 @@ from rlhf.config import Config, typed
 if TYPE_CHECKING:
     from actors.stages import Job
 
-ROLES = ("learner", "generators", "estimator", "rewards")
 
 TINY = [
     "data=files",
@@ -23,6 +22,8 @@ TINY = [
     "rollout={max_new_tokens: 8, temperature: 1.0, prompts_per_item: 2}",
     "baseline.samples=4",
     "align.steps=3",
+    "evaluate.best_of=[2]",
+    "evaluate.judge_samples=4",
     "align.prompts_per_step=4",
     "align.samples_per_prompt=3",
     "align.learning_rate=0.01",
@@ -63,15 +64,24 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Jobs:
-    """Makes jobs of tiny models. They share the first one's processes and its baseline, but for what is `fresh`."""
+    """Makes jobs of tiny models. They share the first one's processes and its baseline, unless they are `apart`."""
 
     def __init__(self, cluster: object, folder: Path, given: list[str]) -> None:
         self.cluster, self.folder, self.given = cluster, folder, given
         self.count = 0
-        self.warm = self.make(fresh=ROLES)
+        self.session = self._session()
+        self.warm = self.make(bare=True)
         self.warm.baseline()
 
-    def make(self, *overrides: str, fresh: tuple[str, ...] = ()) -> Job:
+    def _session(self) -> object:
+        from actors.session import Session
+
+        session = Session()
+        session.hold(self.cluster)
+        return session
+
+    def make(self, *overrides: str, apart: bool = False, bare: bool = False) -> Job:
+        """apart: with processes of its own; bare: without a baseline."""
         from actors.artifacts import Artifacts
         from actors.preflight import preflight
         from actors.roles import Roles
@@ -85,14 +95,11 @@ class Jobs:
         store = Store(folder / "store")
         data = preflight(config, store)
         artifacts = Artifacts(config, data, store)
-        roles = Roles(config, artifacts, None, lambda _: None)
-        roles.cluster = self.cluster
-        job = Job(config, data, artifacts, roles, folder, View("off"), time.perf_counter())
-        for role in set(ROLES) - set(fresh):
-            setattr(job.roles, role, getattr(self.warm.roles, role))
-        if "estimator" not in fresh:
+        session = self._session() if apart else self.session
+        roles = Roles(config, artifacts, session, lambda _: None)
+        if not bare:
             shutil.copytree(self.warm.store.root / "baseline", store.root / "baseline")
-        return job
+        return Job(config, data, artifacts, roles, folder, View("off"), time.perf_counter())
 
 
 @pytest.fixture(scope="session")

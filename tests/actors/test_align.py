@@ -31,7 +31,7 @@ def expected(jobs):
 
 
 def test_same_metrics_with_another_number_of_generators(jobs, expected):
-    assert without_times(align(jobs.make("resources.generators.count=3", fresh=("generators",)))) == expected
+    assert without_times(align(jobs.make("resources.generators.count=3", apart=True))) == expected
     assert [step["step"] for step in expected] == [1, 2, 3]
     assert all(step["staleness"] == 0 for step in expected)
 
@@ -105,7 +105,9 @@ def test_rewards_are_the_formula(jobs, reward_folders, policy_folder):
 
     job = jobs.make()
     (sampled,) = job.roles.generators.sample([next(iter(items(job)))])
-    rewards: Rewards = ray.get(job.roles.rewards.rewards(sampled.rollouts))
+    ray.get(job.roles.baseline.actor.load.remote(str(job.artifacts.statistics_path)))
+    utility, rules = job.artifacts.utility, job.artifacts.rules
+    rewards: Rewards = ray.get(job.roles.rewards.rewards(sampled.rollouts, utility, rules))
     rollouts = ray.get(sampled.rollouts)
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     for column, name in enumerate(("helpful", "harmless")):
@@ -120,7 +122,7 @@ def test_rewards_are_the_formula(jobs, reward_folders, policy_folder):
 
         raw = [score(rollouts.prompts[g], t) for g, t in zip(rollouts.group, rollouts.texts, strict=True)]
         np.testing.assert_allclose(rewards.raw[:, column], raw, atol=1e-4)
-        base = ray.get(job.roles.estimator.samples.remote(rollouts.prompt_ids))[name]
+        base = ray.get(job.roles.baseline.actor.samples.remote(rules, rollouts.prompt_ids))[name]
         if name == "helpful":
             r_ref = [np.quantile(b.astype(np.float64), 0.85) for b in base]
         else:

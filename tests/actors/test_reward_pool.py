@@ -11,6 +11,7 @@ pytestmark = pytest.mark.actors
 
 
 def sampled(job):
+    job.roles.generators.load(job.artifacts.policy_path)
     (one,) = job.roles.generators.sample(work_items(job.data.prompts[:2], 2, 3, seed=1, purpose="test"))
     return one.rollouts
 
@@ -23,7 +24,7 @@ def test_nan_reward_is_an_error_with_model_and_sample(jobs, tmp_path, reward_fol
     torch.nn.init.constant_(model.score.weight, float("nan"))
     model.save_pretrained(tmp_path / "nan")
     AutoTokenizer.from_pretrained(reward_folders["helpful"]).save_pretrained(tmp_path / "nan")
-    job = jobs.make(f"reward_models.helpful.path={tmp_path / 'nan'}", fresh=("estimator", "rewards"))
+    job = jobs.make(f"reward_models.helpful.path={tmp_path / 'nan'}", bare=True, apart=True)
     with pytest.raises(
         ValueError, match=r"reward model 'helpful' returned nan for .* first for prompt 'what is"
     ):
@@ -32,7 +33,7 @@ def test_nan_reward_is_an_error_with_model_and_sample(jobs, tmp_path, reward_fol
 
 
 def test_a_killed_replica_is_replaced_and_the_call_answered(jobs):
-    job = jobs.make("resources.reward.count=2", fresh=("rewards",))
+    job = jobs.make("resources.reward.count=2", apart=True)
     rollouts = sampled(job)
     before = ray.get(job.roles.rewards.raw(rollouts))
     prefix = f"SERVE_REPLICA::{job.roles.rewards._name}#reward-helpful"

@@ -42,7 +42,7 @@ def test_the_canned_refusals_are_the_microcosms():
         (["align.kl_coef=-0.1"], r"align.kl_coef must not be negative"),
         (["baseline.level=1.0"], r"baseline.level=1.0 must be within"),
         (["deepspeed.zero_stage=4"], r"deepspeed.zero_stage=4 is not one of 0, 1, 2, 3"),
-        (["utility.transform=linear"], r"utility.combine=and needs .* \(lsc\), not linear"),
+        (["utility.transform=linear"], r"utility.combine=and needs .*lsc.*, not linear"),
         (["reward_models.helpful.weight=2"], r"reward_models.helpful.weight=2.0: utility.combine=and"),
         (["reward_models.harmless.canned=[]"], r"reward_models.harmless.reference=canned needs .*canned"),
         (["reward_models.helpful.reference=best"], r"reward_models.helpful.reference=best is not one of"),

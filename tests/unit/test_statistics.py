@@ -1,6 +1,7 @@
 """Baseline statistics against numpy prompt by prompt, and what a snapshot and a repetition must keep."""
 
 import hashlib
+import json
 import struct
 from pathlib import Path
 from statistics import NormalDist
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
+from rlhf.utility.statistics import BaselineStatistics, PromptReferences, ReferenceRule
 
 Batch = tuple[np.ndarray, np.ndarray]
 BIG = 2**63  # ids use all 64 bits
@@ -46,6 +47,12 @@ def filled(parts: list[Batch], order: list[int] | None = None) -> BaselineStatis
     return statistics
 
 
+def same(one: PromptReferences, other: PromptReferences) -> bool:
+    """Bit for bit."""
+    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+
 def of_prompt(parts: list[Batch], prompt: int) -> np.ndarray:
     return np.concatenate([values[prompts == prompt] for prompts, values in parts])
 
@@ -54,20 +61,25 @@ def of_prompt(parts: list[Batch], prompt: int) -> np.ndarray:
 def test_empirical_quantiles_are_numpys(seed: int, level: float) -> None:
     parts = batches(seed)
     asked = ids(*(3 * i + BIG for i in (4, 0, 2, 2, 3, 1)))
-    r_ref, mean, std = filled(parts).reference("helpful", asked, rule(level=level))
-    assert r_ref.dtype == mean.dtype == std.dtype == np.float32
+    found = filled(parts).reference("helpful", asked, rule(level=level))
+    r_ref, mean, std = found.r_ref, found.mean, found.std
+    assert {array.dtype for array in list(vars(found).values())[:7]} == {np.dtype(np.float32)}
     for i, prompt in enumerate(asked):
         own = of_prompt(parts, prompt).astype(np.float64)
         assert r_ref[i] == pytest.approx(np.quantile(own, level), rel=1e-6, abs=1e-6)
         assert mean[i] == pytest.approx(own.mean(), rel=1e-6, abs=1e-6)
         assert std[i] == pytest.approx(own.std(ddof=1), rel=1e-6)
+        assert (found.low[i], found.high[i]) == (own.min(), own.max())
+    everything = np.concatenate([values for _, values in parts]).astype(np.float64)
+    assert found.population_mean == pytest.approx(everything.mean(), rel=1e-12)
+    assert found.population_std == pytest.approx(everything.std(ddof=1), rel=1e-12)
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 0.99))
 def test_gaussian_quantiles_are_the_formula(seed: int, level: float) -> None:
     parts = batches(seed)
     asked = ids(*(3 * i + BIG for i in range(5)))
-    r_ref, _, _ = filled(parts).reference("helpful", asked, rule(level=level, estimator="gaussian"))
+    r_ref = filled(parts).reference("helpful", asked, rule(level=level, estimator="gaussian")).r_ref
     z = NormalDist().inv_cdf(level)
     for i, prompt in enumerate(asked):
         own = [float(value) for value in of_prompt(parts, prompt)]
@@ -83,7 +95,7 @@ def test_quantiles_of_normal_rewards_find_the_true_one(estimator: str, error: fl
     prompts = np.repeat(np.arange(500, dtype=np.uint64), 64)
     statistics = BaselineStatistics()
     statistics.add_samples("m", prompts, rng.normal(size=len(prompts)), item=0)
-    r_ref, _, _ = statistics.reference("m", np.arange(500, dtype=np.uint64), rule(estimator=estimator))
+    r_ref = statistics.reference("m", np.arange(500, dtype=np.uint64), rule(estimator=estimator)).r_ref
     deviation = r_ref - NormalDist().inv_cdf(0.85)
     assert abs(deviation.mean()) < 0.05
     assert 0.1 < deviation.std() < error
@@ -93,43 +105,51 @@ def test_canned_mean_and_constant() -> None:
     statistics = BaselineStatistics()
     statistics.add_samples("m", ids(1, 1, 2, 2), rewards(1, 3, 5, 5), item=0)
     statistics.add_canned("m", ids(1, 2, 1, 2, 3), rewards(-1, 4, -3, 6, 9), item=0)
-    r_ref, mean, std = statistics.reference("m", ids(2, 1), rule("canned"))
-    assert r_ref.tolist() == [5.0, -2.0]
-    assert mean.tolist() == [5.0, 2.0]
-    assert std.tolist() == pytest.approx([0.0, 2**0.5])
-    assert statistics.reference("m", ids(2, 1), rule("mean"))[0].tolist() == [5.0, 2.0]
-    assert statistics.reference("m", ids(2, 1), rule("constant"))[0].tolist() == [1.25, 1.25]
+    found = statistics.reference("m", ids(2, 1), rule("canned"))
+    assert found.r_ref.tolist() == [5.0, -2.0]
+    assert found.mean.tolist() == [5.0, 2.0]
+    assert found.std.tolist() == pytest.approx([0.0, 2**0.5])
+    assert found.standard_error.tolist() == [0.0, 0.0]
+    assert statistics.reference("m", ids(2, 1), rule("mean")).r_ref.tolist() == [5.0, 2.0]
+    constant = statistics.reference("m", ids(2, 1), rule("constant"))
+    assert (constant.r_ref.tolist(), constant.standard_error.tolist()) == ([1.25, 1.25], [0.0, 0.0])
 
 
 def test_without_samples_mean_and_std_are_unknown() -> None:
     statistics = BaselineStatistics()
     statistics.add_canned("m", ids(3), rewards(9), item=0)
     for kind, expected in (("canned", 9.0), ("constant", 1.25)):
-        r_ref, mean, std = statistics.reference("m", ids(3), rule(kind))
-        assert r_ref.tolist() == [expected]
-        assert np.isnan([mean, std]).all()
+        found = statistics.reference("m", ids(3), rule(kind), points=2)
+        assert (found.r_ref.tolist(), found.standard_error.tolist()) == ([expected], [0.0])
+        assert np.isnan([found.mean, found.std, found.low, found.high, *found.samples.T]).all()
+        assert np.isnan([found.population_mean, found.population_std]).all()
 
 
 def test_equal_rewards_have_no_spread_at_all() -> None:
     statistics = BaselineStatistics()
     statistics.add_samples("m", np.repeat(ids(1, 2), 31), np.repeat(rewards(0.1, -1e4 / 3), 31), item=0)
-    assert statistics.reference("m", ids(1, 2), rule())[2].tolist() == [0.0, 0.0]
+    assert statistics.reference("m", ids(1, 2), rule()).std.tolist() == [0.0, 0.0]
+    assert statistics.reference("m", ids(1, 2), rule()).standard_error.tolist() == pytest.approx(
+        [0.0, 0.0], abs=1e-9
+    )
 
 
 def test_one_sample_has_a_quantile_but_no_gaussian_one() -> None:
     statistics = BaselineStatistics()
     statistics.add_samples("m", ids(1, 2, 2), rewards(0.5, 1, 2), item=0)
-    r_ref, _, std = statistics.reference("m", ids(1), rule())
-    assert (r_ref.tolist(), std.tolist()) == ([0.5], [0.0])
+    found = statistics.reference("m", ids(1), rule())
+    assert (found.r_ref.tolist(), found.std.tolist()) == ([0.5], [0.0])
+    assert np.isnan(found.standard_error).all()
     with pytest.raises(ValueError, match=r"second sample, .* prompt 1 .* 'm'"):
         statistics.reference("m", ids(2, 1), rule(estimator="gaussian"))
 
 
-@pytest.mark.parametrize("kind", ["quantile", "mean", "canned"])
+@pytest.mark.parametrize("kind", ["quantile", "mean", "canned", "column"])
 @pytest.mark.parametrize(("model", "prompt"), [("helpful", 77), ("helpful", 0), ("other", BIG)])
 def test_unknown_prompts_are_named(kind: str, model: str, prompt: int) -> None:
     statistics = filled(batches(0))
     statistics.add_canned("helpful", ids(BIG), rewards(1), item=0)
+    statistics.add_column("helpful", ids(BIG), rewards(1))
     with pytest.raises(ValueError, match=f"prompt {prompt} for reward model '{model}'"):
         statistics.reference(model, ids(BIG, prompt) if model == "helpful" else ids(prompt), rule(kind))
 
@@ -163,7 +183,7 @@ def test_nothing_depends_on_the_order_of_arrival(order: list[int], seed: int) ->
     assert one.digest() == other.digest()
     for estimator in ("empirical", "gaussian"):
         left, right = (s.reference("helpful", asked, rule(estimator=estimator)) for s in (one, other))
-        assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+        assert same(left, right)
 
 
 def test_digest_ignores_batching_and_the_sign_of_zero() -> None:
@@ -194,16 +214,18 @@ def test_digest_tells_contents_apart(change: tuple[str, np.ndarray, np.ndarray])
 def test_digest_is_a_hash_of_the_bytes_laid_out_by_hand() -> None:
     statistics = BaselineStatistics()
     statistics.add_samples("m", ids(3, BIG, 3), rewards(2.0, 7.0, 0.5), item=8)
-    laid_out = b"('sampled', 'm', 2, 3)" + struct.pack("<2Q3q3f", 3, BIG, 0, 2, 3, 0.5, 2.0, 7.0)
-    assert statistics.digest() == hashlib.blake2b(laid_out, digest_size=16).hexdigest()
+    laid_out = struct.pack("<2Q3q3f", 3, BIG, 0, 2, 3, 0.5, 2.0, 7.0)
+    of_column = hashlib.blake2b(laid_out, digest_size=16).hexdigest()
+    described = f"('sampled', 'm', '{of_column}')".encode()
+    assert statistics.digest() == hashlib.blake2b(described, digest_size=16).hexdigest()
 
 
 def test_adding_after_reading_counts() -> None:
     statistics = BaselineStatistics()
     statistics.add_samples("m", ids(1, 1), rewards(0, 1), item=0)
-    assert statistics.reference("m", ids(1), rule(level=0.5))[0].tolist() == [0.5]
+    assert statistics.reference("m", ids(1), rule(level=0.5)).r_ref.tolist() == [0.5]
     statistics.add_samples("m", ids(1), rewards(9), item=1)
-    assert statistics.reference("m", ids(1), rule(level=0.5))[0].tolist() == [1.0]
+    assert statistics.reference("m", ids(1), rule(level=0.5)).r_ref.tolist() == [1.0]
 
 
 def test_counts_and_samples() -> None:
@@ -212,6 +234,8 @@ def test_counts_and_samples() -> None:
     asked = ids(BIG + 6, 5, BIG)
     assert statistics.counts("helpful", asked).tolist() == [len(of_prompt(parts, p)) for p in asked]
     assert statistics.counts("unheard of", asked).tolist() == [0, 0, 0]
+    assert statistics.known("helpful", asked).tolist() == [True, False, True]
+    assert statistics.known("unheard of", asked).tolist() == [False] * 3
     assert statistics.samples("helpful", BIG + 6).tolist() == sorted(of_prompt(parts, BIG + 6).tolist())
     with pytest.raises(ValueError, match="prompt 5 for reward model 'helpful'"):
         statistics.samples("helpful", 5)
@@ -224,6 +248,10 @@ def test_frozen_statistics_take_nothing_in() -> None:
     for add in (statistics.add_samples, statistics.add_canned):
         with pytest.raises(RuntimeError, match="item 99 of model 'helpful'"):
             add("helpful", ids(1), rewards(1), 99)
+    with pytest.raises(RuntimeError, match="column of references of model 'helpful'"):
+        statistics.add_column("helpful", ids(1), rewards(1))
+    with pytest.raises(RuntimeError, match="other statistics of model 'helpful'"):
+        statistics.merge(filled(batches(1)))
     assert statistics.digest() == digest
 
 
@@ -243,7 +271,7 @@ def test_a_snapshot_holds_everything(tmp_path: Path, frozen: bool) -> None:
     assert loaded.frozen is frozen
     asked = ids(BIG, BIG + 3)
     before, after = (s.reference("helpful", asked, rule()) for s in (statistics, loaded))
-    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    assert same(before, after)
     if not frozen:
         assert not loaded.add_samples("helpful", *parts[0], item=0), "an update in flight may come again"
         assert not loaded.add_canned("a name / with anything", ids(1), rewards(2), item=7)
@@ -263,7 +291,7 @@ def test_a_failed_write_keeps_the_old_snapshot(tmp_path: Path, monkeypatch: pyte
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("rlhf.utility.statistics.os.fsync", full)
+    monkeypatch.setattr("rlhf.utility.snapshots.os.fsync", full)
     statistics.add_samples("helpful", ids(1), rewards(1), item=50)
     with pytest.raises(OSError, match="no space"):
         statistics.save(path)
@@ -275,9 +303,16 @@ def test_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
     filled(batches(5)).save(path)
     with np.load(path) as arrays:
         content = dict(arrays)
-    content["sampled.0.values"][3] += 1
+    for change in (
+        {"sampled.0.values": content["sampled.0.values"] + np.float32(1)},
+        {"header": np.array(json.dumps(json.loads(str(content["header"])) | {"frozen": True}))},
+    ):
+        np.savez(path, **(content | change))
+        with pytest.raises(ValueError, match=r"baseline.npz: .* damaged"):
+            BaselineStatistics.load(path)
+    del content["format"]
     np.savez(path, **content)
-    with pytest.raises(ValueError, match=r"baseline.npz: .* damaged"):
+    with pytest.raises(ValueError, match=r"baseline.npz: .* older format"):
         BaselineStatistics.load(path)
 
 
@@ -304,5 +339,5 @@ def test_many_prompts_at_once() -> None:
     for item in range(8):
         statistics.add_samples("m", prompts, scores[item], item)
     shuffled = rng.permutation(len(prompts))
-    r_ref, _, _ = statistics.reference("m", prompts[shuffled], rule())
+    r_ref = statistics.reference("m", prompts[shuffled], rule()).r_ref
     np.testing.assert_allclose(r_ref, np.quantile(scores, 0.85, axis=0)[shuffled], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,60 @@
+"""Running processes, kept for as long as they fit: the jobs of a sweep share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actors.cluster import Cluster
+    from rlhf.config import Config
+
+
+class Session:
+    """A Ray connection and the roles on it, each with what it was made from.
+
+    A role is made again when it is asked for with another `key`; the one before ends then. Ray is started in a thread
+    that lives as long as the session: its processes end with the thread that started them.
+    """
+
+    def __init__(self) -> None:
+        self._background = ThreadPoolExecutor(1)
+        self._starting: Future[Cluster] | None = None
+        self._roles: dict[str, tuple[str, Any]] = {}
+
+    def start(self, config: Config) -> None:
+        """Starts Ray, or the connection to it, in the background, unless that was done."""
+        if self._starting is None:
+            from actors.cluster import Cluster
+
+            self._starting = self._background.submit(Cluster, config)
+
+    def hold(self, cluster: Cluster) -> None:
+        """Takes a connection that is there already."""
+        self._starting = Future()
+        self._starting.set_result(cluster)
+
+    @property
+    def cluster(self) -> Cluster:
+        assert self._starting is not None
+        return self._starting.result()
+
+    def role(self, name: str, key: str, make: Callable[[], Any]) -> Any:
+        """The running role of this name, made if there is none of this key."""
+        if name in self._roles and self._roles[name][0] != key:
+            _, old = self._roles.pop(name)
+            old.stop()
+        if name not in self._roles:
+            self._roles[name] = (key, make())
+        return self._roles[name][1]
+
+    def stop(self) -> None:
+        """Ends what was started: on a cluster that was there, its roles; else Ray itself."""
+        if self._starting is not None and self._starting.exception() is None:
+            if not self.cluster.own:
+                for _, role in self._roles.values():
+                    role.stop()
+            self.cluster.stop()
+        self._starting, self._roles = None, {}
+        self._background.shutdown()

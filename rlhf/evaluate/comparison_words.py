@@ -1,0 +1,214 @@
+"""What a comparison of arms says, in plain sentences and as a table for the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.evaluate.cells import BEST_OF
+from rlhf.evaluate.hacking import COUNTERS
+from rlhf.evaluate.words import Verdict, signed
+
+MAIN = "win/gold/joint"
+NOT_TOLD = "not told apart"
+JUDGES = {"gold": "gold judge", "evaluator": "evaluator models"}
+_FAMILIES = {  # label, unit, whether more is better (1), worse (-1) or neither (0)
+    "win": ("Win rate", "share", 1),
+    "versus": ("Beats a random base response", "share", 1),
+    "score": ("Mean score", "score", 1),
+    "left_behind": ("Prompts left behind", "share", -1),
+    "lower_tail": ("Change of score, worst tenth", "score", 1),
+    "reward_gain": ("Training reward above base", "nats", 0),
+    "overoptimisation": ("Reward gain beyond judged gain", "base std", -1),
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is told; `better`: 1 when more is better, -1 when less is, 0 when it depends."""
+
+    label: str
+    unit: str
+    better: int
+
+
+def describe(metric: str) -> Metric:
+    """
+    >>> describe("win/evaluator/joint").label, describe("left_behind/joint_win").better
+    ('Win rate, joint (evaluator models)', -1)
+    """
+    family, *rest = metric.split("/")
+    if family == "hacking":
+        counter = COUNTERS[rest[0]]
+        return Metric(counter.label, counter.unit, {"length": 0, "distinct_2": 1}.get(rest[0], -1))
+    label, unit, better = _FAMILIES[family]
+    if family == "reward_gain":
+        tail = rest[1] == "q95"
+        return Metric(f"{label}, {rest[0]}: {'95 % quantile' if tail else 'mean'}", unit, -1 if tail else 0)
+    if metric == "left_behind/joint_win":
+        return Metric("Prompts whose joint win rate fell", unit, better)
+    judge = f" ({JUDGES[rest[0]]})" if rest[0] in JUDGES else ""
+    name = f", {rest[-1]}" if rest[-1] not in JUDGES else ""
+    return Metric(f"{label}{name}{judge}", unit, better)
+
+
+def verdict(summary: Mapping[str, Any]) -> Verdict:
+    """The page's first words: the joint win rate against each baseline, averaged over the common KL range."""
+    arm, found = summary["reference_arm"], summary["differences"]
+    groups: dict[str, list[str]] = {}
+    for other in summary["baselines"]:
+        row = found[other].get(MAIN)
+        groups.setdefault(row["average"]["verdict"] if row and row["average"] else NOT_TOLD, []).append(other)
+    parts = [f"higher than {_join(groups['higher'])}’s"] if "higher" in groups else []
+    parts += [f"lower than {_join(groups['lower'])}’s"] if "lower" in groups else []
+    parts += [f"not told apart from {_join(groups[NOT_TOLD])}’s"] if NOT_TOLD in groups else []
+    outcome = "unclear"
+    if ("higher" in groups) != ("lower" in groups):
+        outcome = "better" if "higher" in groups else "worse"
+    headline = f"At equal KL, {arm}’s joint win rate is {'; '.join(parts)}."
+    if not parts:
+        headline = f"No baseline was measured beside {arm}."
+    return Verdict(outcome, headline, tuple(_against(summary, other) for other in summary["baselines"]))
+
+
+def _against(summary: Mapping[str, Any], other: str) -> str:
+    """One sentence about one baseline: wins, prompts left behind, and every sign of hacking that was counted."""
+    rows = summary["differences"][other]
+    main = rows.get(MAIN)
+    if main is None or main["average"] is None:
+        return f"{other}: no KL that both arms cover in all common seeds, so nothing is compared."
+    low, high = main["range"]
+    text = [f"Against {other} (KL {low:.1f} to {high:.1f} nats, {count(len(main['seeds']), 'seed')})"]
+    told = [m for m in (MAIN, "win/evaluator/joint", "left_behind/joint") if m in rows]
+    told += [m for m in rows if m.startswith("hacking/")]
+    said = [_said(m, rows[m]["average"]) for m in told if rows[m]["average"]]
+    within = main["within"]
+    if within and within["average"]["verdict"] != main["average"]["verdict"]:
+        start, end = within["range"]
+        said.append(
+            f"between measured points only ({start:.1f} to {end:.1f} nats) the joint win rate is "
+            f"{amount(MAIN, within['average'])}: {within['average']['verdict']}"
+        )
+    return f"{text[0]}: {'; '.join(said)}."
+
+
+def _said(metric: str, average: Mapping[str, Any]) -> str:
+    label = describe(metric).label
+    return f"{label[0].lower()}{label[1:]} {amount(metric, average)}: {average['verdict']}"
+
+
+def amount(metric: str, found: Mapping[str, Any], unit: bool = True) -> str:
+    """A difference with its interval: "+3.1 points (+1.0 to +5.2)"."""
+    share = describe(metric).unit == "share"
+    scale, digits = (100, 1) if share else (1, 2)
+    text = signed(scale * found["mean"], digits) + (" points" if share and unit else "")
+    if found["low"] is None:
+        return text
+    return f"{text} ({signed(scale * found['low'], digits)} to {signed(scale * found['high'], digits)})"
+
+
+def level(metric: str, found: Mapping[str, Any]) -> str:
+    """A value with half its interval: "31.4 ± 2.0 %"."""
+    share = describe(metric).unit == "share"
+    scale, digits = (100, 1) if share else (1, 2)
+    half = "" if found["low"] is None else f" ± {scale * (found['high'] - found['low']) / 2:.{digits}f}"
+    return f"{scale * found['mean']:.{digits}f}{half}" + ("\u00a0%" if share else "")
+
+
+def favours(metric: str, found: Mapping[str, Any]) -> str:
+    """Whom a difference that is told apart speaks for: "better" (the reference arm), "worse", or ""."""
+    side = {"higher": 1, "lower": -1}.get(found["verdict"], 0) * describe(metric).better
+    return {1: "better", -1: "worse"}.get(side, "")
+
+
+def shown_metrics(summary: Mapping[str, Any]) -> list[str]:
+    """The metrics of the tables: rates and spreads first, signs of hacking last; raw scores are in the JSON only."""
+    families = ("win", "versus", "left_behind", "lower_tail", "reward_gain", "overoptimisation", "hacking")
+    return [m for f in families for m in summary["metrics"] if m.split("/")[0] == f]
+
+
+def notes(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know to trust the figures no further than they reach."""
+    total, apart = summary["comparisons"], summary["apart"]
+    said = [
+        f"{total} intervals of differences were computed and {apart} leave out zero; with no difference anywhere about "
+        f"{0.05 * total:.0f} would. They are not corrected for multiplicity.",
+        "Intervals are t-intervals over seeds, each seed paired with itself. All cells share the evaluation prompts: "
+        "what other prompts would add to the uncertainty is not in them.",
+        "Between measured points, and from the base policy at KL 0 to the first, metrics are interpolated linearly in "
+        "KL; no arm is judged beyond its largest KL.",
+        "Shares of prompts that fell include sampling noise: they are not 0 at KL 0.",
+    ]
+    if any(len(seeds) == 1 for seeds in summary["seeds"].values()):
+        said.append("Where an arm has one seed there is no interval, and nothing can be told apart.")
+    if summary["judge"] == "reward_models":
+        said.append(
+            "Wins called gold are judged by the reward models that were trained on: no independent judge."
+        )
+    if BEST_OF in summary["arms"]:
+        said.append(
+            "best_of_n is not trained: expected figures of choosing the best of n base responses, drawn at KL "
+            "log n − (n−1)/n, which is exact for continuous utilities and an upper bound otherwise (arXiv 2401.01879)."
+        )
+    return said
+
+
+def as_table(summary: Mapping[str, Any]) -> str:
+    """The differences and the best points as plain text; * marks an interval that leaves out zero."""
+    blocks = [_block(summary, arm) for arm in summary["differences"]]
+    rows = [["highest mean over seeds", "metric", "value", "KL"]]
+    for arm, found in summary["best"].items():
+        rows += [
+            [arm, describe(m).label, level(m, v["value"]), f"{v['kl']['mean']:.2f}"] for m, v in found.items()
+        ]
+    missing = [
+        f"not run: {i['arm']} point {i['point']} seed {i['seed']}: {i['why']}" for i in summary["incomplete"]
+    ]
+    return "\n\n".join([*blocks, aligned_columns(rows), "\n".join([*notes(summary), *missing])]) + "\n"
+
+
+def _block(summary: Mapping[str, Any], arm: str) -> str:
+    found = summary["differences"][arm]
+    kls = [f"{kl:g}" for kl in summary["at"] if any(f"{kl:g}" in row["at"] for row in found.values())]
+    rows = [
+        [
+            f"{summary['reference_arm']} − {arm}",
+            "average",
+            *(f"at {kl} nats" for kl in kls),
+            "KL",
+            "seeds +/−",
+        ]
+    ]
+    for metric in (m for m in shown_metrics(summary) if m in found):
+        row, average = found[metric], found[metric]["average"]
+        cells = [_cell(metric, average), *(_cell(metric, row["at"].get(kl)) for kl in kls)]
+        span = "{:.1f}–{:.1f}".format(*row["range"]) if row["range"] else ""
+        signs = f"{average['above']}/{average['below']}" if average else ""
+        unit = {"share": "points", "score": ""}.get(describe(metric).unit, describe(metric).unit)
+        rows.append([describe(metric).label + (f", {unit}" if unit else ""), *cells, span, signs])
+    return aligned_columns(rows)
+
+
+def _cell(metric: str, found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    return amount(metric, found, unit=False) + ("*" if found["verdict"] != NOT_TOLD else "")
+
+
+def aligned_columns(rows: Sequence[Sequence[str]]) -> str:
+    """
+    >>> aligned_columns([["a", "b"], ["long", "1"]])
+    'a     b\\nlong  1'
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _join(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,61 @@
+"""The columns of several experiences, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from rlhf.types import Experience, Ragged
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A batch: B responses of T tokens to G prompts, k to each; a prompt's are contiguous."""
+
+    prompts: Ragged  # int32, G rows
+    tokens: Ragged  # int32, B rows
+    group: np.ndarray  # int64 [B]
+    behaviour: torch.Tensor  # float32 [T], the sampler's log-probabilities
+    utility: torch.Tensor  # float32 [B]
+    temperature: float
+
+    @classmethod
+    def of(cls, experiences: Sequence[Experience]) -> Merged:
+        rollouts = [e.rollouts for e in experiences]
+        temperatures = {r.temperature for r in rollouts}
+        assert len(temperatures) == 1, temperatures
+        first = np.cumsum([0] + [len(r.prompts) for r in rollouts])
+        return cls(
+            Ragged.of([r.prompt_tokens[g] for r in rollouts for g in range(len(r.prompts))], np.int32),
+            Ragged.of([r.tokens[b] for r in rollouts for b in range(r.responses)], np.int32),
+            np.concatenate([r.group + start for r, start in zip(rollouts, first, strict=False)]),
+            torch.from_numpy(np.concatenate([r.logprobs for r in rollouts])),
+            torch.from_numpy(np.concatenate([e.rewards.combined for e in experiences])),
+            temperatures.pop(),
+        )
+
+    @property
+    def group_size(self) -> int:
+        """Responses to each prompt, k."""
+        assert len(self.group) % len(self.prompts) == 0
+        return len(self.group) // len(self.prompts)
+
+    @cached_property
+    def group_tokens(self) -> np.ndarray:
+        """Tokens of each prompt and its responses, int64 [G]."""
+        own = np.bincount(self.group, weights=self.tokens.lengths, minlength=len(self.prompts))
+        return self.prompts.lengths + own.astype(np.int64)
+
+    def rows(self, groups: Sequence[int]) -> list[int]:
+        """The responses to these prompts, ascending."""
+        return np.flatnonzero(np.isin(self.group, np.asarray(groups, np.int64))).tolist()
+
+    def token_index(self, groups: Sequence[int]) -> np.ndarray:
+        """The flat tokens of the responses to these prompts, int64, ascending."""
+        offsets = self.tokens.offsets
+        spans = [np.arange(offsets[b], offsets[b + 1]) for b in self.rows(groups)]
+        return np.concatenate(spans) if spans else np.empty(0, np.int64)

@@ -1,0 +1,75 @@
+"""Low-rank adapters on a policy, by peft: trained alone, merged wherever the whole policy is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.config import LoraConfig
+
+PREFIX = "base_model.model."
+
+
+def with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
+    """The model under a new adapter, which changes nothing yet; only the adapter's weights are trainable.
+
+    Raises:
+        ValueError: the model has no module of these names; it names policy.lora.target_modules.
+    """
+    import peft
+
+    torch.manual_seed(seed)
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if hasattr(m, "weight")})
+        raise ValueError(
+            f"policy.lora.target_modules={lora.target_modules}: {error} The model has {', '.join(names)}"
+        ) from None
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def adapter_off(model: Any) -> AbstractContextManager:
+    """Within this context the model computes as it did before the adapter."""
+    return model.disable_adapter()
+
+
+def merged_parameters(model: Any, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters of the plain model that computes the same, by the plain model's names.
+
+    Args:
+        full: every parameter of the adapted model, whole, float32 on the CPU.
+    """
+    found = {}
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    for name, value in full.items():
+        if ".lora_" in name:
+            continue
+        plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        layer = name.rsplit(".base_layer.", 1)[0]
+        if name.endswith(".base_layer.weight") and layer in layers:
+            value = value + _delta(layers[layer], layer, full)
+        found[plain] = value
+    return found
+
+
+def _delta(layer: Any, name: str, full: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the adapter adds to a layer's weight: scaling * B A (arXiv 2106.09685)."""
+    (adapter,) = layer.active_adapters
+    up, down = full[f"{name}.lora_B.{adapter}.weight"], full[f"{name}.lora_A.{adapter}.weight"]
+    delta = layer.scaling[adapter] * (up @ down)
+    return delta.T if layer.fan_in_fan_out else delta
