@@ -34,6 +34,8 @@ def main() -> None:
     )  # ends what was started, then exits
     try:
         _run()
+        if Sweep.current is not None:
+            Sweep.current.finish()
     finally:
         Sweep.close()
 

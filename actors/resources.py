@@ -27,7 +27,7 @@ def set_threads(cpus: float) -> None:
 
 def asked(config: Config) -> dict[str, float]:
     """CPUs and GPUs that all roles ask for together."""
-    r, models = config.resources, len(config.reward_models)
+    r, models = config.resources, len(config.reward_models) + len(config.evaluators)
     roles = [
         (r.generators, r.generators.count),
         (r.learner, r.learner.count),

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from rlhf.evaluate.comparison_report import as_table, write_comparison
 
 from actors.artifacts import Artifacts
 from rlhf.config import Config
 from rlhf.data.prepare import prepare
 from rlhf.evaluate.cells import Cell, CellFigures, best_of_figures, cell_figures
+from rlhf.evaluate.comparison_report import as_table, write_comparison
 from rlhf.evaluate.record import load_samples
 from rlhf.evaluate.run import lexicon
 from rlhf.evaluate.samples import PolicySamples

@@ -58,8 +58,8 @@ class Sweep(Callback):
         self._cells.append((config, time.perf_counter() - started, failed))
         return None
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Compares the cells, whatever ended the sweep."""
+    def finish(self) -> None:
+        """After the last job: compares the cells. (Not a callback of Hydra's, which turns errors into warnings.)"""
         self.close()
         if self._cells:
             from actors.study import compare_cells

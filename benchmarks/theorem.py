@@ -37,7 +37,7 @@ UTILITIES = {
     "par": ["utility=par"],
 }
 """What is maximised. Rewards are scaled for each (`SCALE`), for PAR's utilities are within 0 and 1."""
-SCALE = {"lsc": 3.5, "linear": 2.1, "par": 4.0}
+SCALE = {"lsc": 3.0, "linear": 1.65, "par": 3.3}
 BETAS = {"lsc": BETA, "linear": BETA, "par": 0.25}
 ALGORITHMS = ("rloo", "ppo")
 

@@ -63,10 +63,7 @@ def compare(
         arm: {m: found for m in metrics if (found := difference(cells[reference_arm], cells[arm], m, at))}
         for arm in others
     }
-    told = [
-        v for d in differences.values() for row in d.values() for v in (row["average"], *row["at"].values())
-    ]
-    told = [v for v in told if v is not None and v["n"] > 1]
+    told = [v for rows in differences.values() for row in rows.values() for v in _told(row)]
     usable = [f for f in figures if f.diverged is None]
     return {
         "reference_arm": reference_arm,
@@ -133,9 +130,13 @@ def difference(
 
 
 def _told(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The intervals that a difference tells."""
+    """The intervals that a difference tells; none where every difference is exactly 0."""
     within = row["within"] and row["within"]["average"]
-    return [v for v in (row["average"], within, *row["at"].values()) if v and v["n"] > 1]
+    return [
+        v
+        for v in (row["average"], within, *row["at"].values())
+        if v and v["n"] > 1 and v["above"] + v["below"] > 0
+    ]
 
 
 def _average(
@@ -182,8 +183,9 @@ def incomplete(
     """The cells that diverged or are not there, by arm, point and seed, and why."""
     there = {(f.arm, f.point, f.seed): f.diverged for f in figures}
     if expected is None:
-        points, seeds = ({a: {k[i] for k in there if k[0] == a} for a, *_ in there} for i in (1, 2))
-        expected = [(arm, p, s) for arm in points for p in points[arm] for s in seeds[arm]]
+        points = {(arm, point) for arm, point, _ in there}
+        seeds = {(arm, seed) for arm, _, seed in there}
+        expected = [(arm, point, seed) for arm, point in points for other, seed in seeds if other == arm]
     reasons = {key: "no figures" for key in expected if key not in there}
     reasons |= {key: f"diverged: {why}" for key, why in there.items() if why is not None}
     return [{"arm": a, "point": p, "seed": s, "why": reasons[a, p, s]} for a, p, s in sorted(reasons)]

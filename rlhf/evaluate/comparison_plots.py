@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator
 
 from rlhf.evaluate.cells import BEST_OF
-from rlhf.evaluate.comparison_words import describe
+from rlhf.evaluate.comparison_words import describe, still
 from rlhf.evaluate.svg import COLOUR, SERIES, Panel, panel
 
 MARKERS = "osD^vPX<>"
@@ -19,10 +19,13 @@ Legend = tuple[tuple[str, str], ...]
 
 
 def style(summary: Mapping[str, Any], arm: str) -> tuple[str, str, str]:
-    """(colour name, marker, line style) of an arm: the same in all figures, and never told by colour alone."""
+    """(colour name, marker, line style) of an arm: never told by colour alone.
+
+    An arm looks the same in all figures; ablations are drawn with the reference arm only, and count from it.
+    """
     if arm == BEST_OF:
         return "muted", "x", ":"
-    index = [a for a in summary["arms"] if a != BEST_OF].index(arm)
+    index = (ablation_arms(summary) if arm in summary["ablations"] else main_arms(summary)).index(arm)
     return f"series-{index % SERIES}", MARKERS[index % len(MARKERS)], "-" if index < SERIES else "--"
 
 
@@ -44,18 +47,18 @@ def ablation_arms(summary: Mapping[str, Any]) -> list[str]:
 
 
 def over_kl(summary: Mapping[str, Any], arms: Sequence[str], metrics: Sequence[str]) -> list[Panel]:
-    """A panel for each metric that any arm has: mean over seeds at each point, with 95 % intervals of the metric."""
-    drawn = [m for m in metrics if any(line(summary, arm, m) for arm in arms)]
+    """A panel for each metric that any arm has and that moves: means over seeds at each point, 95 % intervals."""
+    drawn = [m for m in metrics if any(line(summary, arm, m) for arm in arms) and not still(summary, m)]
     return [_over_kl(summary, arms, metric) for metric in drawn]
 
 
 def _over_kl(summary: Mapping[str, Any], arms: Sequence[str], metric: str) -> Panel:
     def paint(axes: Axes) -> None:
         for arm in reversed(arms):
-            draw(axes, summary, arm, metric, {name: COLOUR[name] for name in COLOUR})
+            draw(axes, summary, arm, metric, COLOUR)
         finish(axes, summary, arms, metric)
 
-    return panel(describe(metric).label, paint, width=370, height=230)
+    return panel(describe(metric).label, paint)
 
 
 def line(summary: Mapping[str, Any], arm: str, metric: str) -> list[tuple[float, Mapping[str, Any]]]:
@@ -79,7 +82,7 @@ def draw(
     colour, marker, dashes = style(summary, arm)
     first = arm == summary["reference_arm"]
     kl, values = [k for k, _ in points], [v["mean"] for _, v in points]
-    look = {"color": colours[colour], "zorder": 3 if first else 2}
+    look: dict[str, Any] = {"color": colours[colour], "zorder": 3 if first else 2}
     if metric in summary["base"]:
         start = summary["base"][metric]["mean"]
         axes.plot([0, kl[0]], [start, values[0]], linestyle=dashes, linewidth=0.9, alpha=0.7, **look)
@@ -90,7 +93,10 @@ def draw(
 
 
 def finish(axes: Axes, summary: Mapping[str, Any], arms: Sequence[str], metric: str) -> None:
-    """Scales, ticks and units; KL on a square-root scale, on which early gains are about straight."""
+    """Scales, ticks and units; KL on a square-root scale, on which early gains are about straight.
+
+    The means set the height: wide intervals of few seeds are cut at the edge, so that they do not flatten the rest.
+    """
     top = max((kl for arm in arms for kl, _ in line(summary, arm, metric)), default=1.0)
     axes.set_xscale("function", functions=(_root, _square))
     axes.set_xlim(0, max(top, 0.05) * 1.06)
@@ -98,7 +104,12 @@ def finish(axes: Axes, summary: Mapping[str, Any], arms: Sequence[str], metric: 
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FixedFormatter([f"{kl:g}" for kl in ticks]))
     axes.minorticks_off()
-    axes.set_xlabel("KL from the base policy (nats, square-root scale)")
+    axes.set_xlabel("KL from the base policy (nats)")
+    means = [v["mean"] for arm in arms for _, v in line(summary, arm, metric)]
+    means += [summary["base"][metric]["mean"]] if metric in summary["base"] else []
+    low, high = min(means, default=0.0), max(means, default=1.0)
+    margin = 0.12 * (high - low) or 0.01
+    axes.set_ylim(low - margin, high + margin)
     unit_axis(axes, metric)
 
 
@@ -106,7 +117,7 @@ def unit_axis(axes: Axes, metric: str, points: bool = False) -> None:
     unit = describe(metric).unit
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if unit == "share":
-        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
     axes.set_ylabel(("points" if points else "%") if unit == "share" else unit)
 
 

@@ -16,13 +16,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rlhf.evaluate import comparison_plots as plots
 from rlhf.evaluate import comparison_words as words
 from rlhf.evaluate import svg
-from rlhf.evaluate.cells import CellFigures
+from rlhf.evaluate.cells import BEST_OF, CellFigures
 from rlhf.evaluate.comparison import AT, compare
+from rlhf.evaluate.comparison_words import as_table
 from rlhf.evaluate.pareto import write_pareto
 from rlhf.evaluate.words import duration
 from rlhf.store import write_atomic
 
+__all__ = ["as_table", "html", "write_comparison"]
+
 JUDGES = ("gold", "evaluator")
+FAMILIES = ("left_behind", "lower_tail", "reward_gain", "overoptimisation", "hacking")
 ABLATED = (
     words.MAIN,
     "win/evaluator/joint",
@@ -66,13 +70,10 @@ def html(summary: Mapping[str, Any], title: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"duration": duration}
-    environment.globals |= {
-        f.__name__: f for f in (words.amount, words.count, words.describe, words.favours, words.level)
-    }
+    told = (words.amount, words.count, words.describe, words.favours, words.level)
+    environment.globals.update({f.__name__: f for f in told})
     main, ablations = plots.main_arms(summary), plots.ablation_arms(summary)
-    by_family = {
-        family: [m for m in summary["metrics"] if m.startswith(f"{family}/")] for family in _FAMILIES
-    }
+    by_family = {family: [m for m in summary["metrics"] if m.startswith(f"{family}/")] for family in FAMILIES}
     return environment.get_template("comparison.html.j2").render(
         title=title,
         s=summary,
@@ -81,21 +82,20 @@ def html(summary: Mapping[str, Any], title: str) -> str:
         light=svg.css(0),
         dark=svg.css(1),
         legend=plots.legend(summary, main),
+        trained=plots.legend(summary, [arm for arm in main if arm != BEST_OF]),
         ablation_legend=plots.legend(summary, ablations),
         wins=[_judged(summary, main, "win", judge) for judge in JUDGES],
         versus=[_judged(summary, main, "versus", judge) for judge in JUDGES],
         gaps=plots.differences(summary, main[1:], words.MAIN),
-        panels_of={family: plots.over_kl(summary, main, by_family[family]) for family in _FAMILIES},
+        panels_of={family: plots.over_kl(summary, main, by_family[family]) for family in FAMILIES},
         ablated=plots.over_kl(summary, ablations, ABLATED) if summary["ablations"] else [],
         ablation_gaps=plots.differences(summary, summary["ablations"], words.MAIN),
         metrics=words.shown_metrics(summary),
+        unmoved=[words.describe(m).label for m in by_family["hacking"] if words.still(summary, m)],
         kls=[f"{kl:g}" for kl in summary["at"]],
         tables=[arm for arm in summary["arms"] if summary["differences"].get(arm)],
         closed=set(summary["ablations"]),
     )
-
-
-_FAMILIES = ("left_behind", "lower_tail", "reward_gain", "overoptimisation", "hacking")
 
 
 def _judged(summary: Mapping[str, Any], arms: Sequence[str], family: str, judge: str) -> list[svg.Panel]:

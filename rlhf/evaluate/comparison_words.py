@@ -12,6 +12,7 @@ from rlhf.evaluate.words import Verdict, signed
 
 MAIN = "win/gold/joint"
 NOT_TOLD = "not told apart"
+_HEADLINE = (MAIN, "win/evaluator/joint", "left_behind/joint")
 JUDGES = {"gold": "gold judge", "evaluator": "evaluator models"}
 _FAMILIES = {  # label, unit, whether more is better (1), worse (-1) or neither (0)
     "win": ("Win rate", "share", 1),
@@ -73,29 +74,40 @@ def verdict(summary: Mapping[str, Any]) -> Verdict:
 
 
 def _against(summary: Mapping[str, Any], other: str) -> str:
-    """One sentence about one baseline: wins, prompts left behind, and every sign of hacking that was counted."""
+    """Of one baseline: wins and prompts left behind with their numbers, then the signs of hacking that moved."""
     rows = summary["differences"][other]
     main = rows.get(MAIN)
     if main is None or main["average"] is None:
         return f"{other}: no KL that both arms cover in all common seeds, so nothing is compared."
     low, high = main["range"]
-    text = [f"Against {other} (KL {low:.1f} to {high:.1f} nats, {count(len(main['seeds']), 'seed')})"]
-    told = [m for m in (MAIN, "win/evaluator/joint", "left_behind/joint") if m in rows]
-    told += [m for m in rows if m.startswith("hacking/")]
-    said = [_said(m, rows[m]["average"]) for m in told if rows[m]["average"]]
+    compared = [m for m in rows if rows[m]["average"] and not still(summary, m)]
+    said = [_said(m, rows[m]["average"]) for m in _HEADLINE if m in compared]
     within = main["within"]
     if within and within["average"]["verdict"] != main["average"]["verdict"]:
         start, end = within["range"]
-        said.append(
-            f"between measured points only ({start:.1f} to {end:.1f} nats) the joint win rate is "
-            f"{amount(MAIN, within['average'])}: {within['average']['verdict']}"
-        )
-    return f"{text[0]}: {'; '.join(said)}."
+        told = f"{within['average']['verdict']}, {amount(MAIN, within['average'])}"
+        said.append(f"joint win rate between measured points only ({start:.1f} to {end:.1f} nats): {told}")
+    signs = [m for m in compared if m.startswith("hacking/")]
+    moved = [m for m in signs if rows[m]["average"]["verdict"] != NOT_TOLD]
+    said += [_said(m, rows[m]["average"]) for m in moved]
+    same = [_lower(describe(m).label) for m in signs if m not in moved]
+    said += [f"{NOT_TOLD}: {', '.join(same)}"] if same else []
+    return f"Against {other} (KL {low:.1f} to {high:.1f} nats, {count(len(main['seeds']), 'seed')}): {'; '.join(said)}."
 
 
 def _said(metric: str, average: Mapping[str, Any]) -> str:
-    label = describe(metric).label
-    return f"{label[0].lower()}{label[1:]} {amount(metric, average)}: {average['verdict']}"
+    unit = "" if describe(metric).unit in ("share", "score") else f" ({describe(metric).unit})"
+    return f"{_lower(describe(metric).label)}{unit}: {average['verdict']}, {amount(metric, average)}"
+
+
+def _lower(text: str) -> str:
+    return f"{text[0].lower()}{text[1:]}"
+
+
+def still(summary: Mapping[str, Any], metric: str) -> bool:
+    """Whether a metric is the same at every point of every arm, such as a feature that no response has."""
+    rows = [row["metrics"] for rows in summary["curves"].values() for row in rows]
+    return len({row[metric]["mean"] for row in rows if metric in row}) < 2
 
 
 def amount(metric: str, found: Mapping[str, Any], unit: bool = True) -> str:
@@ -123,9 +135,20 @@ def favours(metric: str, found: Mapping[str, Any]) -> str:
 
 
 def shown_metrics(summary: Mapping[str, Any]) -> list[str]:
-    """The metrics of the tables: rates and spreads first, signs of hacking last; raw scores are in the JSON only."""
+    """The page's metrics: rates and spreads first, signs of hacking last; mean scores are in the JSON only."""
     families = ("win", "versus", "left_behind", "lower_tail", "reward_gain", "overoptimisation", "hacking")
-    return [m for f in families for m in summary["metrics"] if m.split("/")[0] == f]
+    moving = [m for m in summary["metrics"] if not still(summary, m)]
+    return [m for f in families for m in moving if m.split("/")[0] == f]
+
+
+def table_metrics(summary: Mapping[str, Any]) -> list[str]:
+    """The console's metrics: of every family the joint one, and by the gold judge also each property."""
+    keep = ("win/gold/", "hacking/", "overoptimisation/")
+    return [
+        m
+        for m in shown_metrics(summary)
+        if m.startswith(keep) or m.endswith(("/joint", "/joint_win", "/q95"))
+    ]
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
@@ -133,12 +156,12 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     total, apart = summary["comparisons"], summary["apart"]
     said = [
         f"{total} intervals of differences were computed and {apart} leave out zero; with no difference anywhere about "
-        f"{0.05 * total:.0f} would. They are not corrected for multiplicity.",
+        f"{0.05 * total:.0f} would, and they depend on each other. They are not corrected for multiplicity.",
         "Intervals are t-intervals over seeds, each seed paired with itself. All cells share the evaluation prompts: "
         "what other prompts would add to the uncertainty is not in them.",
         "Between measured points, and from the base policy at KL 0 to the first, metrics are interpolated linearly in "
         "KL; no arm is judged beyond its largest KL.",
-        "Shares of prompts that fell include sampling noise: they are not 0 at KL 0.",
+        "Shares of prompts that fell, and the worst tenth, include sampling noise: at KL 0 they are what noise shows.",
     ]
     if any(len(seeds) == 1 for seeds in summary["seeds"].values()):
         said.append("Where an arm has one seed there is no interval, and nothing can be told apart.")
@@ -175,12 +198,12 @@ def _block(summary: Mapping[str, Any], arm: str) -> str:
         [
             f"{summary['reference_arm']} − {arm}",
             "average",
-            *(f"at {kl} nats" for kl in kls),
-            "KL",
+            *(f"KL {kl}" for kl in kls),
+            "range",
             "seeds +/−",
         ]
     ]
-    for metric in (m for m in shown_metrics(summary) if m in found):
+    for metric in (m for m in table_metrics(summary) if m in found):
         row, average = found[metric], found[metric]["average"]
         cells = [_cell(metric, average), *(_cell(metric, row["at"].get(kl)) for kl in kls)]
         span = "{:.1f}–{:.1f}".format(*row["range"]) if row["range"] else ""

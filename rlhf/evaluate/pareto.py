@@ -20,6 +20,11 @@ PANELS = (
     (MAIN, "Joint win rate (more is better)"),
     ("left_behind/joint", "Prompts left behind (less is better)"),
 )
+LETTER, LINE, PANEL_WIDTH = (
+    8.5,
+    17.0,
+    330.0,
+)  # CSS pixels: an average letter, a line of text, the axes of a panel
 COLOURS: Mapping[str, str] = MappingProxyType(
     {
         "series-0": "#0072b2",
@@ -31,7 +36,7 @@ COLOURS: Mapping[str, str] = MappingProxyType(
         "muted": "#6f7680",
     }
 )
-"""Okabe and Ito's colours, two of them darker so that they can be read as text on white."""
+"""Okabe and Ito's colours for the colour-blind, two of them darker so that they can be read as text on white."""
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
@@ -54,39 +59,53 @@ _STYLE: dict[Any, Any] = {
 
 def write_pareto(summary: Mapping[str, Any], folder: Path) -> None:
     """Writes folder/pareto.svg and folder/pareto.png, 800 by 400 CSS pixels, the PNG at twice that resolution."""
-    arms = main_arms(summary)
+    figure, svg, png = pareto_figure(summary), io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8, 4), layout="constrained", facecolor="white")
-        for axes, (metric, title) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-            for arm in reversed(arms):
-                draw(axes, summary, arm, metric, COLOURS, size=5)
-            finish(axes, summary, arms, metric)
-            axes.set_title(title)
-            axes.set_xlabel("KL from the base policy (nats)")
-            low, high = axes.get_xlim()
-            axes.set_xlim(low, high * 1.55)
-        figure.canvas.draw()
-        for axes, (metric, _) in zip(figure.axes, PANELS, strict=True):
-            name_lines(axes, summary, [arm for arm in arms if line(summary, arm, metric)], metric)
-        svg, png = io.BytesIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
     (folder / "pareto.svg").write_bytes(svg.getvalue())
     (folder / "pareto.png").write_bytes(png.getvalue())
 
 
+def pareto_figure(summary: Mapping[str, Any]) -> Figure:
+    arms = main_arms(summary)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8, 4), layout="constrained", facecolor="white")
+        shown = list(zip(figure.subplots(1, len(PANELS)), PANELS, strict=True))
+        for axes, (metric, title) in shown:
+            for arm in reversed(arms):
+                draw(axes, summary, arm, metric, COLOURS, size=5)
+            finish(axes, summary, arms, metric)
+            axes.set_title(title)
+            ends = [
+                line(summary, arm, metric)[-1][0] / _free(arm) ** 2
+                for arm in arms
+                if line(summary, arm, metric)
+            ]
+            axes.set_xlim(0, max(ends, default=1.0))
+        figure.canvas.draw()
+        for axes, (metric, _) in shown:
+            name_lines(axes, summary, [arm for arm in arms if line(summary, arm, metric)], metric)
+    return figure
+
+
+def _free(name: str) -> float:
+    """The share of a panel's width that a name of so many letters, put at a line's end, leaves to the line."""
+    return 1 - min(0.6, (LETTER * len(name) + 12) / PANEL_WIDTH)
+
+
 def name_lines(axes: Axes, summary: Mapping[str, Any], arms: Sequence[str], metric: str) -> None:
     """Each arm's name beside its last point, moved up or down until no two names touch."""
-    height, scale = 15.0, axes.figure.dpi / 100
+    scale = axes.figure.dpi / 100
     ends = {arm: line(summary, arm, metric)[-1] for arm in arms}
     places = {arm: axes.transData.transform((kl, v["mean"])) / scale for arm, (kl, v) in ends.items()}
     taken: list[tuple[float, float, float]] = []  # left, right, middle
     for arm in sorted(arms, key=lambda a: places[a][1]):
         left, middle = float(places[arm][0]) + 7, float(places[arm][1])
-        right = left + 8.0 * len(arm)
+        right = left + LETTER * len(arm)
         for start, end, other in sorted(taken, key=lambda box: box[2]):
-            if start < right and left < end and middle < other + height:
-                middle = other + height
+            if start < right and left < end and middle < other + LINE:
+                middle = other + LINE
         taken.append((left, right, middle))
         colour = COLOURS[style(summary, arm)[0]]
         kl, value = ends[arm]
@@ -103,4 +122,5 @@ def name_lines(axes: Axes, summary: Mapping[str, Any], arms: Sequence[str], metr
             annotation_clip=False,
             path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
             zorder=5,
+            in_layout=False,
         )

@@ -168,10 +168,15 @@ class Trainer:
 
     def _full(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """A whole parameter, float32 on the CPU; every rank takes part (ZeRO 3 keeps parameters apart)."""
-        if self.stage == 3:
+        if self.stage == 3 and parameter.requires_grad:
             from deepspeed.utils import safe_get_full_fp32_param
 
-            parameter = safe_get_full_fp32_param(parameter)
+            return safe_get_full_fp32_param(parameter).detach().float().cpu()
+        if self.stage == 3:  # a frozen one has no float32 copy
+            from deepspeed.zero import GatheredParameters
+
+            with GatheredParameters([parameter]):
+                return parameter.detach().float().cpu().clone()
         return parameter.detach().float().cpu()
 
     def _parameters(self) -> dict[str, torch.Tensor]:

@@ -22,7 +22,6 @@ TINY = [
     "rollout={max_new_tokens: 8, temperature: 1.0, prompts_per_item: 2}",
     "baseline.samples=4",
     "align.steps=3",
-    "evaluate.best_of=[2]",
     "evaluate.judge_samples=4",
     "align.prompts_per_step=4",
     "align.samples_per_prompt=3",

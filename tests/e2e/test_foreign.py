@@ -66,7 +66,7 @@ def test_conversations_a_policy_and_reward_models_of_another_tool(tmp_path, prom
         name: train_reward_model(tmp_path / name, word) for name, word in (("warm", "tea"), ("kind", "good"))
     }
     one = "{init_from: null, preferences: null, chat_template: null, training: null, weight: 1.0, "
-    one += "reference: quantile, canned: [], constant: 0.0, "
+    one += "reference: quantile, canned: [], constant: 0.0, column: null, "
     done = rlhf(
         "data=files",
         f"data.prompts={prompts}",

@@ -33,7 +33,7 @@ def line(arm: str, slope: float, seed: int, kls: tuple[float, ...], noise: float
     return [figure(arm, p, seed, kl, {MAIN: 0.1 + (slope + own) * kl}) for p, kl in enumerate(kls)]
 
 
-def normal_policy(shift: float, kl: float, seed: int, prompts: int = 300, samples: int = 24) -> PolicySamples:
+def normal_policy(shift: float, kl: float, seed: int, prompts: int = 150, samples: int = 24) -> PolicySamples:
     """Two properties with scores N(shift, 1), independent, judged at the base policy's true 85 % quantile."""
     rng = np.random.default_rng(seed)
     judged = {name: rng.normal(shift, 1, (prompts, samples)) for name in ("helpful", "harmless")}
@@ -63,22 +63,21 @@ def normal_study(gains: dict[str, float], kls: tuple[float, ...], seeds: int) ->
 
 
 def test_a_better_arm_is_found_with_its_amount() -> None:
-    kls = (0.5, 1.0, 2.0, 4.0)
-    found = compare(normal_study({"linear": 0.2, "lsc": 0.4}, kls, seeds=4), at=(1.0, 4.0))
+    knots = np.array([0.0, 0.5, 1.5, 4.0])
+    found = compare(normal_study({"linear": 0.2, "lsc": 0.4}, (0.5, 1.5, 4.0), seeds=4), at=(1.0, 3.0))
     row = found["differences"]["linear"][MAIN]
-    for kl in (1.0, 4.0):
-        truth = joint(0.4 * kl**0.5) - joint(0.2 * kl**0.5)
+    truth = np.array([joint(0.4 * kl**0.5) - joint(0.2 * kl**0.5) for kl in knots])
+    for kl in (1.0, 3.0):
         told = row["at"][f"{kl:g}"]
-        assert told["mean"] == pytest.approx(truth, abs=0.01)
+        assert told["mean"] == pytest.approx(np.interp(kl, knots, truth), abs=0.01)
         assert (told["verdict"], told["above"], told["below"], told["n"]) == ("higher", 4, 0, 4)
-    knots = np.array([0, *kls])
-    average = np.trapezoid([joint(0.4 * k**0.5) - joint(0.2 * k**0.5) for k in knots], knots) / 4
-    assert row["average"]["mean"] == pytest.approx(average, abs=0.01)
+    assert row["average"]["mean"] == pytest.approx(np.trapezoid(truth, knots) / 4, abs=0.01)
     assert row["average"]["low"] > 0
     assert found["arms"] == ["lsc", "linear"]
-    gap = found["differences"]["linear"]["overoptimisation/gold"]["at"]["4"]
+    gap = found["differences"]["linear"]["overoptimisation/gold"]["at"]["3"]
+    rise = np.interp(3.0, knots, knots**0.5)
     assert gap["mean"] == pytest.approx(
-        2 * (0.4 - 0.2) * 4**0.5, abs=0.03
+        2 * (0.4 - 0.2) * rise, abs=0.04
     )  # rewards rise three times the judge
 
 
@@ -92,9 +91,9 @@ def test_equal_arms_are_not_told_apart() -> None:
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
-    """600 studies of 4 seeds whose true slopes differ by 0.02: 95 % intervals of the average hold it in about 95 %."""
+    """400 studies of 4 seeds whose true slopes differ by 0.02: 95 % intervals of the average hold it in about 95 %."""
     rng, held = np.random.default_rng(0), 0
-    for _ in range(600):
+    for _ in range(400):
         cells = []
         for seed in range(4):
             for arm, slope in (("lsc", 0.05), ("linear", 0.03)):
@@ -104,7 +103,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
                 ]
         row = compare(cells)["differences"]["linear"][MAIN]
         held += row["average"]["low"] <= 0.02 * row["range"][1] / 2 <= row["average"]["high"]
-    assert 0.92 < held / 600 < 0.98
+    assert 0.92 < held / 400 < 0.98
 
 
 def test_figures_of_a_cell_against_closed_forms() -> None:
@@ -304,13 +303,10 @@ def test_what_cannot_be_compared_is_refused() -> None:
 
 def test_evaluator_scores_survive_a_round_trip_and_old_files_have_none(tmp_path: Path) -> None:
     save_samples(tmp_path / "old.npz", example())
-    assert (
-        load_samples(tmp_path / "old.npz").evaluated,
-        load_samples(tmp_path / "old.npz").evaluator_reference,
-    ) == (
-        {},
-        {},
-    )
+    with np.load(tmp_path / "old.npz") as archive:
+        assert not [name for name in archive.files if name.startswith("evaluat")]
+    old = load_samples(tmp_path / "old.npz")
+    assert (old.evaluated, old.evaluator_reference) == ({}, {})
     scores = {"a": np.array([[1.5, -2.0], [0.25, 8.0]], np.float32)}
     reference = {"a": np.array([0.5, 1.0], np.float32)}
     save_samples(tmp_path / "new.npz", replace(example(), evaluated=scores, evaluator_reference=reference))

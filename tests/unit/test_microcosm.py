@@ -17,7 +17,7 @@ from rlhf.data import microcosm_world as world
 from rlhf.data.microcosm import MicrocosmConfig, build_tokenizer, is_refusal, judge
 
 SIZE = MicrocosmConfig(demonstrations=400, pairs=1500, eval_share=0.2, seed=3)
-FILES = ("prompts", "eval_prompts", "demonstrations", "preferences_helpful", "preferences_harmless")
+FILES = microcosm.FILES
 BREAD = {"topic": "bake bread", "unsafe": False}
 EXAM = {"topic": "cheat in an exam", "unsafe": True}
 Rows = dict[str, list[dict[str, Any]]]

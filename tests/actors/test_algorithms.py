@@ -1,0 +1,128 @@
+"""Every algorithm, adapters, and the baseline's options, on real actors."""
+
+import json
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from rlhf.logs import read_metrics
+from rlhf.models.load import load_policy
+from rlhf.utility.statistics import BaselineStatistics
+
+pytestmark = pytest.mark.actors
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce_pp", "grpo", "dr_grpo"])
+def test_an_algorithm_raises_the_utility(jobs, algorithm):
+    """Fifteen steps with hardly any KL penalty; the KL is measured, and with several steps a batch it is clipped."""
+    job = jobs.make(f"algorithm={algorithm}", "align.steps=15", "align.kl_coef=0.001")
+    job.align()
+    metrics = read_metrics(job.artifacts.align_path)
+    first, last = (np.mean([s["utility/combined"] for s in part]) for part in (metrics[:3], metrics[-3:]))
+    assert last > first + 0.1
+    assert abs(metrics[0]["kl"]) < 1e-4 < metrics[-1]["kl"]
+    assert ("critic/loss" in metrics[0]) == (algorithm == "ppo")
+    assert max(step["clipped"] for step in metrics) > 0
+    assert all(np.isfinite(list(step.values())).all() for step in metrics)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_an_adapter_is_trained_against_its_own_base(jobs, policy_folder, zero):
+    """Only low-rank changes of the weights; the saved policy is plain, and is what base and adapter give together."""
+    import peft
+
+    job = jobs.make(
+        f"deepspeed=zero{zero}",
+        "policy.lora={rank: 2, alpha: 4, target_modules: all-linear}",
+        "align.kl_coef=0.01",
+        "resources.learner={count: 2, cpus: 0.1, gpus: 0}",
+        apart=True,
+    )
+    ray.get(job.roles.baseline.actor.load.remote(str(job.artifacts.statistics_path)))
+    job.align()
+    base = load_policy(str(policy_folder))
+    trained = load_policy(str(job.artifacts.align_path / "policy"))
+    changed = 0
+    for (name, before), after in zip(base.named_parameters(), trained.parameters(), strict=True):
+        rank = int(torch.linalg.matrix_rank(after - before, rtol=1e-3)) if before.dim() == 2 else 0
+        assert rank <= 2, name
+        changed += rank > 0
+    assert changed == 14  # seven linear layers in each of two blocks
+    adapter = peft.PeftModel.from_pretrained(base, job.artifacts.align_path / "policy" / "adapter")
+    ids = torch.tensor([[2, 9, 4, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            adapter(input_ids=ids).logits, trained(input_ids=ids).logits, atol=1e-4, rtol=1e-4
+        )
+    metrics = read_metrics(job.artifacts.align_path)
+    assert abs(metrics[0]["kl"]) < 1e-4 < abs(metrics[-1]["kl"])
+
+
+def test_without_a_penalty_there_is_no_reference(jobs):
+    job = jobs.make("align.kl_coef=0", "align.steps=2")
+    job.align()
+    assert all("kl" not in step for step in read_metrics(job.artifacts.align_path))
+
+
+def test_the_kl_coefficient_follows_its_target(jobs):
+    """The KL starts at 0, below any target, so the coefficient falls at the highest rate: 20 % a horizon."""
+    job = jobs.make("algorithm.kl_target=5.0", "algorithm.kl_horizon=24", "align.kl_coef=0.1")
+    job.align()
+    found = [step["kl_coef"] for step in read_metrics(job.artifacts.align_path)]
+    np.testing.assert_allclose(found, [0.1, 0.1 * 0.9, 0.1 * 0.81], rtol=1e-5)  # 12 responses a step
+
+
+def baseline(job) -> tuple[dict, BaselineStatistics]:
+    job.baseline()
+    folder = job.store.folder("baseline", job.artifacts.baseline_name)
+    summary = json.loads((folder / "summary.json").read_text())
+    return summary, BaselineStatistics.load(folder / "statistics.npz")
+
+
+def test_sampling_goes_on_for_uncertain_prompts_only(jobs):
+    job = jobs.make("baseline.tolerance=0.3", "baseline.max_samples=16", bare=True)
+    summary, statistics = baseline(job)
+    ids = np.array([p.id for p in [*job.data.prompts, *job.data.eval_prompts]], np.uint64)
+    counts = statistics.counts("helpful", ids)
+    errors = statistics.reference("helpful", ids, job.artifacts.rules["helpful"]).standard_error
+    assert set(counts) <= {4, 8, 12, 16}
+    assert len(set(counts)) > 1
+    assert (errors[counts < 16] <= 0.3).all()
+    assert summary["samples"] == counts.sum()
+    assert summary["samples_saved"] == (16 - counts).sum()
+
+
+def test_known_statistics_are_taken_over_and_unseen_prompts_sampled_or_refused(jobs):
+    known = jobs.warm.artifacts.statistics_path
+    job = jobs.make(f"baseline.known={known}", "baseline.unseen=refuse", bare=True)
+    summary, statistics = baseline(job)
+    assert summary["samples"] == summary["prompts_sampled"] == 0
+    assert statistics.digest() == BaselineStatistics.load(known).digest()
+
+    fewer = jobs.make("data.train_size=6", bare=True)
+    baseline(fewer)
+    part = fewer.artifacts.statistics_path
+    with pytest.raises(ValueError, match=r"baseline.known=.* has no samples of .* first .*jsonl:\d+"):
+        jobs.make(f"baseline.known={part}", "baseline.unseen=refuse", bare=True).baseline()
+    summary, statistics = baseline(jobs.make(f"baseline.known={part}", bare=True))
+    assert summary["prompts_sampled"] == summary["prompts"] - 10
+    ids = np.array([p.id for p in job.data.prompts], np.uint64)
+    assert (statistics.counts("helpful", ids) == 4).all()
+
+
+def test_references_from_a_column_of_the_prompts(jobs, prompts_file, tmp_path):
+    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    given = tmp_path / "given.jsonl"
+    given.write_text("".join(json.dumps(row | {"r": i / 4}) + "\n" for i, row in enumerate(rows)))
+    options = ("reward_models.helpful.reference=column", "reward_models.helpful.column=r")
+    job = jobs.make(f"data.prompts={given}", *options, bare=True)
+    _, statistics = baseline(job)
+    ids = np.array([p.id for p in job.data.prompts], np.uint64)
+    found = statistics.reference("helpful", ids, job.artifacts.rules["helpful"])
+    np.testing.assert_array_equal(found.r_ref, [p.meta["r"] for p in job.data.prompts])
+    assert (found.standard_error == 0).all()
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"given.jsonl:1: the column 'r' holds None"):
+        jobs.make(f"data.prompts={given}", *options, bare=True)
