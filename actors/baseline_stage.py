@@ -41,7 +41,7 @@ class BaselineStage:
         self._actor = self._roles.baseline.actor
         ray.get(self._actor.reset.remote(self._artifacts.baseline_keys, self._config.baseline.exact))
         unseen = self._unseen()
-        updates = self._canned() + self._columns()
+        updates = self._canned(unseen) + self._columns()
         found: dict[str, Any] = {}
         if self._config.baseline.tolerance is None:
             self._sample(unseen)
@@ -103,15 +103,15 @@ class BaselineStage:
                 return progress.saved
             self._sample([p for p, needs in zip(self._prompts, progress.needs, strict=True) if needs])
 
-    def _canned(self) -> list[ray.ObjectRef]:
-        """Rewards of the canned responses to every prompt, on their way to the estimator."""
+    def _canned(self, prompts: Sequence[Prompt]) -> list[ray.ObjectRef]:
+        """Rewards of the canned responses to these prompts, on their way to the estimator."""
         updates = []
+        contents, ids = [p.content for p in prompts], np.array([p.id for p in prompts], np.uint64)
         for name, model in self._config.reward_models.items():
-            for i, canned in enumerate(model.canned if model.reference == "canned" else []):
-                contents = [p.content for p in self._prompts]
+            for i, canned in enumerate(model.canned if model.reference == "canned" and prompts else []):
                 rewards = self._roles.rewards.canned(name, contents, [canned] * len(contents))
                 item = (self._artifacts.baseline_name, i)
-                updates.append(self._actor.update_canned.remote(name, self._ids, rewards, item))
+                updates.append(self._actor.update_canned.remote(name, ids, rewards, item))
         return updates
 
     def _columns(self) -> list[ray.ObjectRef]:

@@ -173,9 +173,9 @@ class Trainer:
 
             return safe_get_full_fp32_param(parameter).detach().float().cpu()
         if self.stage == 3:  # a frozen one has no float32 copy
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            with GatheredParameters([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter]):
                 return parameter.detach().float().cpu().clone()
         return parameter.detach().float().cpu()
 
