@@ -49,12 +49,17 @@ class Session:
             self._roles[name] = (key, make())
         return self._roles[name][1]
 
+    def release(self) -> None:
+        """Ends the roles, and so gives their CPUs and GPUs back; the connection stays."""
+        for _, role in self._roles.values():
+            role.stop()
+        self._roles = {}
+
     def stop(self) -> None:
         """Ends what was started: on a cluster that was there, its roles; else Ray itself."""
         if self._starting is not None and self._starting.exception() is None:
             if not self.cluster.own:
-                for _, role in self._roles.values():
-                    role.stop()
+                self.release()
             self.cluster.stop()
         self._starting, self._roles = None, {}
         self._background.shutdown()

@@ -42,8 +42,16 @@ BETAS = {"lsc": BETA, "linear": BETA, "par": 0.25}
 ALGORITHMS = ("rloo", "ppo")
 
 
-def make_world(folder: Path, scale: float) -> None:
-    """A policy, two reward models of this scale, and the prompts, in a folder. The same scale gives the same world."""
+def world_of(folder: Path, scale: float) -> Path:
+    """A policy, two reward models of this scale, and the prompts, in a folder of their own, made once. The same scale
+    gives the same world."""
+    world = folder / f"scale-{scale:g}"
+    if not world.exists():
+        _make_world(world, scale)
+    return world
+
+
+def _make_world(folder: Path, scale: float) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -167,23 +175,28 @@ def distances(world: Path, artifacts: Any, utility: str, beta: float) -> dict[st
 
 
 def case(
-    algorithm: str, utility: str, steps: int, samples: int, session: Any, fault: str | None = None
+    algorithm: str,
+    utility: str,
+    steps: int,
+    samples: int,
+    session: Any,
+    folder: Path,
+    fault: str | None = None,
 ) -> dict[str, Any]:
-    """Trains one case and compares it with the closed form of what was meant.
+    """Trains one case and compares it with the closed form of what was meant. Cases in one folder share worlds.
 
     fault: "uncentred" trains on log sigmoid(r) in place of log sigmoid(r - r_ref); "kl_sign" turns the sign of the KL
     coefficient round. Either must end away from the closed form.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        world, beta = Path(folder) / "world", BETAS[utility]
-        make_world(world, SCALE[utility])
-        overrides = UTILITIES[utility] if fault != "uncentred" else ["utility=log_sigmoid"]
-        overrides = [*overrides, f"algorithm={algorithm}", f"align.kl_coef={beta}"]
-        config = configure(world, Path(folder) / "output", steps, samples, overrides)
-        if fault == "kl_sign":
-            config = replace(config, align=replace(config.align, kl_coef=-beta))
-        found = distances(world, train(config, session), utility, beta)
+    world, beta = world_of(folder, SCALE[utility]), BETAS[utility]
+    overrides = UTILITIES[utility] if fault != "uncentred" else ["utility=log_sigmoid"]
+    overrides = [*overrides, f"algorithm={algorithm}", f"align.kl_coef={beta}"]
+    output = folder / "-".join(filter(None, ("output", algorithm, utility, fault)))
+    config = configure(world, output, steps, samples, overrides)
+    if fault == "kl_sign":
+        config = replace(config, align=replace(config.align, kl_coef=-beta))
+    found = distances(world, train(config, session), utility, beta)
     ok = found["to_closed_form"] <= LIMIT and found["closed_form_to_base"] >= LEAST
     return {
         "algorithm": algorithm,
@@ -216,10 +229,11 @@ def main() -> None:
     ]
     session, rows = Session(), []
     print(f"{'case':<22}{'closed form to base':>20}{'trained to closed form':>24}   verdict")
+    worlds = tempfile.TemporaryDirectory()
     try:
         for name in wanted:
             algorithm, utility, *fault = name.split(":")
-            row = case(algorithm, utility, given.steps, given.samples, session, *fault)
+            row = case(algorithm, utility, given.steps, given.samples, session, Path(worlds.name), *fault)
             rows.append(row)
             verdict = "reached" if row["reached"] else "not reached"
             print(
@@ -229,6 +243,7 @@ def main() -> None:
             )
     finally:
         session.stop()
+        worlds.cleanup()
     right = all(row["reached"] == (row["fault"] is None) for row in rows)
     given.output.mkdir(parents=True, exist_ok=True)
     summary = {"limit": LIMIT, "least": LEAST, "as_expected": right, "cases": rows}

@@ -13,8 +13,8 @@ import pytest
 from rlhf.config import Config, typed
 
 if TYPE_CHECKING:
+    from actors.session import Session
     from actors.stages import Job
-
 
 TINY = [
     "data=files",
@@ -62,22 +62,25 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def session_on(cluster: object) -> Session:
+    """A session of its own on the tests' Ray; who makes one releases it, or later tests wait for its CPUs."""
+    from actors.session import Session
+
+    session = Session()
+    session.hold(cluster)
+    return session
+
+
 class Jobs:
     """Makes jobs of tiny models. They share the first one's processes and its baseline, unless they are `apart`."""
 
     def __init__(self, cluster: object, folder: Path, given: list[str]) -> None:
         self.cluster, self.folder, self.given = cluster, folder, given
         self.count = 0
-        self.session = self._session()
+        self.apart: list[Session] = []
+        self.session = session_on(cluster)
         self.warm = self.make(bare=True)
         self.warm.baseline()
-
-    def _session(self) -> object:
-        from actors.session import Session
-
-        session = Session()
-        session.hold(self.cluster)
-        return session
 
     def make(self, *overrides: str, apart: bool = False, bare: bool = False) -> Job:
         """apart: with processes of its own; bare: without a baseline."""
@@ -94,19 +97,32 @@ class Jobs:
         store = Store(folder / "store")
         data = preflight(config, store)
         artifacts = Artifacts(config, data, store)
-        session = self._session() if apart else self.session
+        session = self.session
+        if apart:
+            session = session_on(self.cluster)
+            self.apart.append(session)
         roles = Roles(config, artifacts, session, lambda _: None)
         if not bare:
             shutil.copytree(self.warm.store.root / "baseline", store.root / "baseline")
         return Job(config, data, artifacts, roles, folder, View("off"), time.perf_counter())
 
 
+@pytest.fixture
+def jobs(shared_jobs: Jobs) -> Iterator[Jobs]:
+    """Jobs; the processes of those that are apart end with the test."""
+    yield shared_jobs
+    while shared_jobs.apart:
+        shared_jobs.apart.pop().release()
+
+
 @pytest.fixture(scope="session")
-def jobs(cluster, prompts_file, policy_folder, reward_folders, tmp_path_factory) -> Jobs:
+def shared_jobs(cluster, prompts_file, policy_folder, reward_folders, tmp_path_factory) -> Iterator[Jobs]:
     given = [
         f"data.prompts={prompts_file}",
         f"policy.path={policy_folder}",
         *(f"reward_models.{name}.path={path}" for name, path in reward_folders.items()),
         "reward_models.harmless.canned=['no .', 'i do no bad .']",
     ]
-    return Jobs(cluster, tmp_path_factory.mktemp("jobs"), given)
+    made = Jobs(cluster, tmp_path_factory.mktemp("jobs"), given)
+    yield made
+    made.session.release()

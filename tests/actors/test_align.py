@@ -25,9 +25,9 @@ def without_times(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def expected(jobs):
+def expected(shared_jobs):
     """The metrics of an undisturbed run at staleness 0, with two generators."""
-    return without_times(align(jobs.make()))
+    return without_times(align(shared_jobs.make()))
 
 
 def test_same_metrics_with_another_number_of_generators(jobs, expected):

@@ -63,3 +63,4 @@ def test_training_equals_plain_pytorch(cluster, policy_folder, expected, tmp_pat
     group.save(tmp_path)
     for name, p in load_policy(str(tmp_path)).named_parameters():
         np.testing.assert_allclose(p.detach().numpy().ravel(), weights[name], atol=1e-6)
+    group.stop()

@@ -29,7 +29,6 @@ def test_nan_reward_is_an_error_with_model_and_sample(jobs, tmp_path, reward_fol
         ValueError, match=r"reward model 'helpful' returned nan for .* first for prompt 'what is"
     ):
         job.baseline()
-    job.roles.rewards.stop()
 
 
 def test_a_killed_replica_is_replaced_and_the_call_answered(jobs):
