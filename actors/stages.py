@@ -258,6 +258,7 @@ class Job:
             evaluated,
             self.artifacts.statistics_path,
             self.artifacts.rules,
+            self.artifacts.utility,
         )
         write_report(record, self.run, lexicon(self.config))
         self.view.line(f"report: {self.run / 'report.html'}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from actors.artifacts import Artifacts
 from rlhf.config import Config
@@ -13,11 +11,10 @@ from rlhf.data.prepare import prepare
 from rlhf.evaluate.cells import Cell, CellFigures, best_of_figures, cell_figures
 from rlhf.evaluate.comparison_report import as_table, write_comparison
 from rlhf.evaluate.record import load_samples
-from rlhf.evaluate.run import lexicon
+from rlhf.evaluate.run import base_utility, lexicon
 from rlhf.evaluate.samples import PolicySamples
 from rlhf.store import Store
-from rlhf.utility.pipeline import Utility
-from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
+from rlhf.utility.statistics import BaselineStatistics
 
 Ran = tuple[Config, float, str | None]
 """A cell that ran: its configuration, the seconds it took, and why it failed, if it did."""
@@ -39,22 +36,11 @@ def compare_cells(cells: Sequence[Ran], folder: Path, seconds: float) -> str:
         figures.append(cell_figures(cell, lexicon(config)))
         if study.arm == cells[0][0].study.arm and config.seed not in seeds:  # type: ignore[union-attr]
             seeds.add(config.seed)
-            utility = base_utility(artifacts.utility, artifacts.rules, artifacts.statistics_path, base)
+            stored = BaselineStatistics.load(artifacts.statistics_path)
+            utility = base_utility(artifacts.utility, artifacts.rules, stored, base)
             figures += best_of_figures(base, utility, config.evaluate.best_of, config.seed)
     summary = write_comparison(figures, folder, f"{len(figures)} policies, {seconds / 60:.0f} min")
     return as_table(summary)
-
-
-def base_utility(
-    utility: Utility, rules: Mapping[str, ReferenceRule], statistics: Path, base: PolicySamples
-) -> np.ndarray:
-    """The combined utility of the base policy's evaluation samples, float32 [P, n]."""
-    stored, points = BaselineStatistics.load(statistics), 256 if utility.needs_samples else 0
-    references = {n: stored.reference(n, base.prompt_ids, rule, points) for n, rule in rules.items()}
-    shape = base.lengths.shape
-    raw = np.stack([base.rewards[n].ravel() for n in utility.weights], 1)
-    group = np.repeat(np.arange(shape[0]), shape[1])
-    return utility.combined(raw, references, group).reshape(shape)
 
 
 def _point(config: Config) -> int:

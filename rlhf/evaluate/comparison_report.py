@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from rlhf.evaluate import comparison_plots as plots
 from rlhf.evaluate import comparison_words as words
 from rlhf.evaluate import svg
 from rlhf.evaluate.cells import BEST_OF, CellFigures
 from rlhf.evaluate.comparison import AT, compare
 from rlhf.evaluate.comparison_words import as_table
+from rlhf.evaluate.page import template
 from rlhf.evaluate.pareto import write_pareto
 from rlhf.evaluate.words import duration
 from rlhf.store import write_atomic
@@ -62,19 +61,10 @@ def write_comparison(
 
 def html(summary: Mapping[str, Any], title: str) -> str:
     """The page; every text from outside is escaped by the template."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"duration": duration}
-    told = (words.amount, words.count, words.describe, words.favours, words.level)
-    environment.globals.update({f.__name__: f for f in told})
     main, ablations = plots.main_arms(summary), plots.ablation_arms(summary)
     by_family = {family: [m for m in summary["metrics"] if m.startswith(f"{family}/")] for family in FAMILIES}
-    return environment.get_template("comparison.html.j2").render(
+    helpers = (duration, words.amount, words.count, words.describe, words.favours, words.level)
+    return template("comparison.html.j2", helpers).render(
         title=title,
         s=summary,
         verdict=words.verdict(summary),

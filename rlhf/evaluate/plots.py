@@ -56,7 +56,7 @@ def shown_properties(wins: Mapping[str, Any]) -> list[str]:
 
 
 def curves(metrics: Metrics, models: Sequence[str]) -> list[Panel]:
-    """KL, rewards, utility, P(good) and length over the steps; keys that were not logged are not drawn."""
+    """KL, rewards, utility, its slopes, P(good) and length over the steps; keys that were not logged are not drawn."""
     colours = {model: f"series-{i % SERIES}" for i, model in enumerate(models)}
     panels = [curve(metrics, "KL from the base policy", "nats a response", [("kl", "KL", "ink")])]
     for model in models:
@@ -67,6 +67,8 @@ def curves(metrics: Metrics, models: Sequence[str]) -> list[Panel]:
     panels.append(curve(metrics, "Utility", "nats", [*utilities, *combined]))
     probabilities = [(f"p_good/{m}", m, colours[m]) for m in models]
     panels.append(curve(metrics, "P(good)", "probability", probabilities, limits=(0, 1)))
+    slopes = [(f"slope/{m}", m, colours[m]) for m in models]
+    panels.append(curve(metrics, "What one more unit of reward is worth", "utility a nat", slopes))
     panels.append(curve(metrics, "Response length", "tokens", [("response_tokens", "mean", "ink")]))
     panels.append(curve(metrics, "Gradient norm", "norm before clipping", [("grad_norm", "norm", "ink")]))
     finished = [("finished", "share", "ink")]

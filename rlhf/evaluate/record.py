@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.evaluate.best_of import BestOf
 from rlhf.evaluate.samples import PolicySamples
 
 
@@ -21,8 +22,9 @@ class RunRecord:
     `metrics` has one flat dict for each alignment step, with these keys (NAME is a reward model; a key that
     is missing is not drawn): step; kl, nats a response; kl_coef; loss; grad_norm; learning_rate;
     reward/NAME/mean and reward/NAME/std, raw, nats; r_ref/NAME, nats; utility/NAME and utility/combined,
-    nats; p_good/NAME, probability; response_tokens; finished, share; staleness, versions; seconds, wall time
-    of the step; seconds/generate, seconds/reward, seconds/learn, seconds/publish, summed over processes.
+    nats; p_good/NAME, probability; slope/NAME, d combined utility / d raw reward; response_tokens;
+    finished, share; staleness, versions; seconds, wall time of the step; seconds/generate, seconds/reward,
+    seconds/learn, seconds/publish, summed over processes.
 
     `baseline` has for each reward model a few example prompts: "prompts", k contents; "samples" [k, m],
     rewards of base responses, NaN where there are fewer; "r_ref" [k]; "aligned" [k, n], rewards of aligned responses.
@@ -37,6 +39,7 @@ class RunRecord:
     base: PolicySamples
     aligned: PolicySamples
     baseline: Mapping[str, Mapping[str, Any]]  # by reward model
+    best_of: Sequence[BestOf] = ()  # best-of-n of the base samples, chosen by the utility that was maximised
 
 
 _ARRAYS = ("prompt_ids", "lengths", "finished", "log_ratio")

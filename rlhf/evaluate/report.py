@@ -8,6 +8,7 @@ summary.json (keys sorted, no NaN):
     win_vs_random.NAME                  chance to beat a random base response to the same prompt; ties half
     win_vs_random_ci.NAME               [low, high]
     kl, kl_standard_error               nats a response, aligned from base policy
+    best_of.N.{kl, win_rate.NAME, versus.NAME}  best-of-N of the base policy, by the utility that was maximised
     left_behind.PROPERTY                share of prompts whose mean judged score fell
     hacking.COUNTER.{base, aligned}     counters of `rlhf.evaluate.hacking`
     judge                               "own", or "reward_models" when they judged themselves
@@ -24,11 +25,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from rlhf.evaluate import plots, svg, words
 from rlhf.evaluate.examples import before_after, prompt_text, worst_prompts
 from rlhf.evaluate.hacking import COUNTERS, Lexicon, hacking
+from rlhf.evaluate.page import template
 from rlhf.evaluate.record import RunRecord
 from rlhf.evaluate.wins import win_rates
 from rlhf.store import write_atomic
@@ -70,6 +70,10 @@ def write_report(run: RunRecord, directory: Path, lexicon: Lexicon | None = None
 def summary(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> dict[str, Any]:
     """The content of summary.json; refuses numbers that are not finite."""
     found = {name: wins[name] for name in _SUMMARY} | {
+        "best_of": {
+            str(b.n): {"kl": b.kl, "win_rate": dict(b.win_rate), "versus": dict(b.versus)}
+            for b in run.best_of
+        },
         "hacking": counters,
         "judge": "reward_models" if words.judged_by_rewards(run.aligned) else "own",
         "seconds": dict(run.seconds),
@@ -95,19 +99,10 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def html(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> str:
     """The page; every text from outside is escaped by the template."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        f.__name__: f for f in (words.percent, words.interval, words.signed, words.duration)
-    }
     own_judge = not words.judged_by_rewards(run.aligned)
     prompts = [prompt_text(p) for p in next(iter(run.baseline.values()), {"prompts": ()})["prompts"]]
-    return environment.get_template("report.html.j2").render(
+    helpers = (words.percent, words.interval, words.signed, words.duration)
+    return template("report.html.j2", helpers).render(
         run=run,
         wins=wins,
         names=plots.shown_properties(wins),

@@ -10,10 +10,12 @@ import numpy as np
 
 from rlhf.config import Config
 from rlhf.data.microcosm import STOCK_PHRASES, is_refusal
+from rlhf.evaluate.best_of import best_of
 from rlhf.evaluate.hacking import Lexicon
 from rlhf.evaluate.record import RunRecord, load_samples
 from rlhf.evaluate.samples import PolicySamples
 from rlhf.logs import read_metrics
+from rlhf.utility.pipeline import Utility
 from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
 from rlhf.versions import versions
 
@@ -29,9 +31,11 @@ def run_record(
     evaluated: Path,
     statistics: Path,
     rules: Mapping[str, ReferenceRule],
+    utility: Utility,
 ) -> RunRecord:
     """The record of a finished run from the folders of its stages."""
     base, aligned = load_samples(evaluated / "base.npz"), load_samples(evaluated / "aligned.npz")
+    stored = BaselineStatistics.load(statistics)
     return RunRecord(
         title=" · ".join(
             (
@@ -48,8 +52,21 @@ def run_record(
         metrics=read_metrics(align),
         base=base,
         aligned=aligned,
-        baseline=_examples(BaselineStatistics.load(statistics), rules, aligned),
+        baseline=_examples(stored, rules, aligned),
+        best_of=best_of(base, base_utility(utility, rules, stored, base), config.evaluate.best_of),
     )
+
+
+def base_utility(
+    utility: Utility, rules: Mapping[str, ReferenceRule], statistics: BaselineStatistics, base: PolicySamples
+) -> np.ndarray:
+    """The combined utility of the base policy's evaluation samples, float32 [P, n]."""
+    points = 256 if utility.needs_samples else 0
+    references = {n: statistics.reference(n, base.prompt_ids, rule, points) for n, rule in rules.items()}
+    shape = base.lengths.shape
+    raw = np.stack([base.rewards[n].ravel() for n in utility.weights], 1)
+    group = np.repeat(np.arange(shape[0]), shape[1])
+    return utility.combined(raw, references, group).reshape(shape)
 
 
 def lexicon(config: Config) -> Lexicon:

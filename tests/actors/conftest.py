@@ -27,6 +27,7 @@ TINY = [
     "align.samples_per_prompt=3",
     "align.learning_rate=0.01",
     "evaluate.samples=2",
+    "evaluate.best_of=[2]",
     "resources.generators={count: 2, cpus: 0.1, gpus: 0}",
     "resources.learner={count: 1, cpus: 0.1, gpus: 0}",
     "resources.reward={count: 1, cpus: 0.1, gpus: 0}",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf.evaluate.best_of import best_of
 from rlhf.evaluate.examples import before_after, worst_prompts
 from rlhf.evaluate.record import RunRecord
 from rlhf.evaluate.report import write_report
@@ -22,13 +23,13 @@ ATTACK = "<script>alert(1)</script><img src=https://example.org/x.png>"
 
 
 def metrics(steps: int) -> list[dict[str, float]]:
-    keys = ("kl", "grad_norm", "utility/combined", "response_tokens", "finished")
+    every = ("kl", "grad_norm", "utility/combined", "response_tokens", "finished")
+    by_model = ("reward/{}/mean", "reward/{}/std", "r_ref/{}", "utility/{}", "p_good/{}", "slope/{}")
     rows = []
     for step in range(steps):
-        row = dict.fromkeys(keys, 0.1 * step) | {"step": step, "seconds": 1.0, "seconds/generate": 0.4}
+        row = dict.fromkeys(every, 0.1 * step) | {"step": step, "seconds": 1.0, "seconds/generate": 0.4}
         for name in ("help", "safe"):
-            parts = (f"reward/{name}/mean", f"reward/{name}/std", f"r_ref/{name}", f"utility/{name}")
-            row |= dict.fromkeys((*parts, f"p_good/{name}"), 0.5)
+            row |= {key.format(name): 0.5 for key in by_model}
         rows.append(row)
     return rows
 
@@ -66,6 +67,7 @@ def record(text: str = "Stir it.") -> RunRecord:
         base=base,
         aligned=aligned,
         baseline=baseline,
+        best_of=best_of(base, np.array([[0.0, 2.0], [0.0, 0.0]]), [2]),
     )
 
 
@@ -102,6 +104,8 @@ def test_summary_has_the_exact_numbers(tmp_path: Path) -> None:
         "safe": (0.5 + (0.5 + 0 + 0.5 + 0) / 4) / 2,
         "joint": ((1 + 0 + 1 + 0.5) / 4 + (0.5 + 0 + 1 + 0.5) / 4) / 2,
     }
+    assert found["best_of"]["2"]["win_rate"] == {"help": 0.5, "safe": (1 + 0.5) / 2, "joint": 0.5}
+    assert found["best_of"]["2"]["kl"] == pytest.approx(np.log(2) - 0.5)
     assert found["left_behind"] == {"help": 0.0, "safe": 0.5}
     assert (found["kl"], found["kl_standard_error"]) == (2.5, 1.0)
     assert found["hacking"]["repeated_sentence"] == {"base": 0.0, "aligned": 0.25}
@@ -114,6 +118,12 @@ def test_summary_has_the_exact_numbers(tmp_path: Path) -> None:
     assert set(found["win_rate_ci"]["joint"]) == {"base", "aligned", "change"}
     assert len(found["win_rate_ci"]["help"]["base"]) == 2
     assert list(found) == sorted(found)
+
+
+def test_page_shows_slopes_and_best_of_n(tmp_path: Path) -> None:
+    text = page(record(), tmp_path)
+    assert "What one more unit of reward is worth" in text
+    assert re.search(r"<td>best of 2</td><td>0\.19</td><td>50", text)
 
 
 def test_summary_refuses_nan_by_its_key(tmp_path: Path) -> None:
