@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from actors.session import Session
 from actors.sweep import Sweep, reason
-from rlhf.config import Config, typed
+from rlhf.config import Config
+from rlhf.config_checks import typed
 
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a submitted job
 

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.config import Config, typed
+from rlhf.config import Config
+from rlhf.config_checks import typed
 
 VOCABULARY = ["<eos>", "a", "b", "c", "d", "e"]
 PROMPTS = ["a b", "c d e", "e", "d d a c"]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from rlhf.config import Config, typed
+from rlhf.config import Config
+from rlhf.config_checks import typed
 
 if TYPE_CHECKING:
     from actors.session import Session

@@ -3,7 +3,7 @@
 import pytest
 from hydra import compose, initialize_config_module
 
-from rlhf.config import typed
+from rlhf.config_checks import typed
 from rlhf.data.microcosm import CANNED_REFUSALS
 
 FILES = ["data=files", "data.prompts=p.jsonl", "policy.path=p"]

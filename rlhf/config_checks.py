@@ -1,0 +1,260 @@
+"""The composed configuration as a checked `Config`: every refusal of an impossible value or combination.
+
+Imports neither torch nor Ray, so that a bad configuration is refused at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf.config import STAGES, Config, RewardModelConfig
+from rlhf.utility.kinds import check_utility
+
+
+def typed(values: DictConfig) -> Config:
+    """The composed Hydra configuration as a checked `Config`.
+
+    Raises:
+        ValueError: a key is unknown, missing, of the wrong type, or at odds with another; it names the key.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ValueError(f"configuration key '{key}': {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuses impossible values and combinations; each message names the key."""
+    _check_names(config)
+    _check_numbers(config)
+    _check_inputs(config)
+
+
+def _refuse(condition: bool, message: str) -> None:
+    if condition:
+        raise ValueError(message)
+
+
+def _all_models(config: Config) -> list[tuple[str, RewardModelConfig]]:
+    groups = {"reward_models": config.reward_models, "evaluators": config.evaluators}
+    return [(f"{group}.{name}", m) for group, models in groups.items() for name, m in models.items()]
+
+
+def _check_names(config: Config) -> None:
+    for stage in config.stages:
+        _refuse(stage not in STAGES, f"stages: '{stage}' is not one of {', '.join(STAGES)}")
+    choices = {
+        "baseline.estimator": (config.baseline.estimator, ("empirical", "gaussian")),
+        "deepspeed.dtype": (config.deepspeed.dtype, ("float32", "bfloat16")),
+        "deepspeed.zero_stage": (config.deepspeed.zero_stage, (0, 1, 2, 3)),
+        "logging.live": (config.logging.live, ("auto", "plain", "off")),
+        "data.judge": (config.data.judge, (None, "microcosm")),
+        "baseline.unseen": (config.baseline.unseen, ("sample", "refuse")),
+        "algorithm.scale": (config.algorithm.scale, ("none", "group", "batch")),
+        "algorithm.aggregate": (
+            config.algorithm.aggregate,
+            ("response_sum", "token_mean", "response_mean", "length_limit"),
+        ),
+        "algorithm.kl": (config.algorithm.kl, ("reward", "loss")),
+        "algorithm.kl_estimator": (config.algorithm.kl_estimator, ("k1", "k2", "k3")),
+    }
+    for key, model in _all_models(config):
+        name = key.rsplit(".", 1)[1]
+        _refuse(not name.isidentifier(), f"{key}: a reward model's name must be letters, digits and _")
+        _refuse(name == "joint", f"{key}: 'joint' is taken; give the model another name")
+        choices[f"{key}.reference"] = (
+            model.reference,
+            ("quantile", "canned", "mean", "constant", "column"),
+        )
+    for key, (value, allowed) in choices.items():
+        _refuse(value not in allowed, f"{key}={value} is not one of {', '.join(map(str, allowed))}")
+
+
+def _check_numbers(config: Config) -> None:
+    align, resources = config.align, config.resources
+    positive = {
+        "align.steps": align.steps,
+        "align.prompts_per_step": align.prompts_per_step,
+        "align.item_timeout": align.item_timeout,
+        "baseline.samples": config.baseline.samples,
+        "baseline.exact": config.baseline.exact,
+        "evaluate.samples": config.evaluate.samples,
+        "evaluate.judge_samples": config.evaluate.judge_samples,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+        "rollout.temperature": config.rollout.temperature,
+        "rollout.prompts_per_item": config.rollout.prompts_per_item,
+        "data.eval_size": config.data.eval_size,
+        "deepspeed.micro_batch_tokens": config.deepspeed.micro_batch_tokens,
+        "algorithm.importance_cap": config.algorithm.importance_cap,
+        "algorithm.epochs": config.algorithm.epochs,
+        "algorithm.minibatches": config.algorithm.minibatches,
+        "algorithm.kl_horizon": config.algorithm.kl_horizon,
+        "resources.generators.count": resources.generators.count,
+        "resources.learner.count": resources.learner.count,
+        "resources.reward.count": resources.reward.count,
+    }
+    for key, number in positive.items():
+        _refuse(not number > 0, f"{key}={number} must be above 0")
+    _refuse(align.staleness < 0, f"align.staleness={align.staleness} must be 0 or more")
+    _check_algorithm(config)
+    _check_baseline(config)
+    _refuse(
+        align.prompts_per_step % config.rollout.prompts_per_item != 0,
+        f"align.prompts_per_step={align.prompts_per_step} must be a multiple of "
+        f"rollout.prompts_per_item={config.rollout.prompts_per_item}",
+    )
+    for n in config.evaluate.best_of:
+        _refuse(
+            not 2 <= n <= config.evaluate.samples,
+            f"evaluate.best_of has {n}, which must be within 2 and evaluate.samples={config.evaluate.samples}; "
+            "set it to [] for none",
+        )
+    share = config.data.tolerated_share
+    _refuse(not 0 <= share < 1, f"data.tolerated_share={share} must be within [0, 1)")
+    for key in ("kl_coef", "learning_rate"):
+        schedule_values = _schedule_values(f"align.{key}", getattr(align, key))
+        _refuse(min(schedule_values) < 0, f"align.{key} must not be negative")
+    _refuse(
+        resources.max_reward_replicas is not None and resources.max_reward_replicas < resources.reward.count,
+        f"resources.max_reward_replicas={resources.max_reward_replicas} is below "
+        f"resources.reward.count={resources.reward.count}",
+    )
+
+
+def _check_algorithm(config: Config) -> None:
+    align, algorithm, critic = config.align, config.algorithm, config.algorithm.critic
+    grouped = algorithm.advantage in ("leave_one_out", "group_mean") or algorithm.scale == "group"
+    _refuse(
+        grouped and align.samples_per_prompt < 2,
+        f"align.samples_per_prompt={align.samples_per_prompt}: a baseline made of the prompt's other responses "
+        f"(algorithm.advantage={algorithm.advantage}) needs at least 2",
+    )
+    share = max(1, align.prompts_per_step // config.resources.learner.count)
+    _refuse(
+        algorithm.minibatches > share,
+        f"algorithm.minibatches={algorithm.minibatches} is more than the {share} prompts of each learner rank "
+        "(align.prompts_per_step / resources.learner.count)",
+    )
+    for key in ("clip_low", "clip_high", "kl_target"):
+        value = getattr(algorithm, key)
+        _refuse(value is not None and not value > 0, f"algorithm.{key}={value} must be above 0, or null")
+    _refuse(
+        algorithm.entropy_coef < 0, f"algorithm.entropy_coef={algorithm.entropy_coef} must not be negative"
+    )
+    _refuse(
+        algorithm.kl == "loss" and algorithm.kl_estimator == "k1",
+        "algorithm.kl_estimator=k1 has no effect with algorithm.kl=loss (the expectation of its gradient is 0); "
+        "use k2 or k3, or algorithm.kl=reward",
+    )
+    _refuse(
+        algorithm.kl_target is not None and align.kl_coef == 0,
+        "algorithm.kl_target needs an align.kl_coef above 0 to start from",
+    )
+    gae = algorithm.advantage == "gae"
+    _refuse(gae and critic is None, "algorithm.advantage=gae needs algorithm.critic, as in algorithm=ppo")
+    _refuse(
+        not gae and critic is not None,
+        f"algorithm.critic is for algorithm.advantage=gae, not {algorithm.advantage}; set it to null",
+    )
+    if critic is not None:
+        _refuse(not 0 <= critic.trace <= 1, f"algorithm.critic.trace={critic.trace} must be within [0, 1]")
+        _refuse(
+            critic.clip is not None and not critic.clip > 0,
+            f"algorithm.critic.clip={critic.clip} must be above 0, or null",
+        )
+        rates = _schedule_values("algorithm.critic.learning_rate", critic.learning_rate)
+        _refuse(min(rates) < 0, "algorithm.critic.learning_rate must not be negative")
+    lora = config.policy.lora
+    if lora is not None:
+        _refuse(lora.rank < 1, f"policy.lora.rank={lora.rank} must be 1 or more")
+
+
+def _check_baseline(config: Config) -> None:
+    baseline = config.baseline
+    _refuse(not 0 < baseline.level < 1, f"baseline.level={baseline.level} must be within (0, 1)")
+    if baseline.tolerance is not None:
+        _refuse(
+            not baseline.tolerance > 0, f"baseline.tolerance={baseline.tolerance} must be above 0, or null"
+        )
+        _refuse(
+            baseline.max_samples < baseline.samples,
+            f"baseline.max_samples={baseline.max_samples} is below baseline.samples={baseline.samples}",
+        )
+    _refuse(
+        baseline.unseen == "refuse" and baseline.known is None,
+        "baseline.unseen=refuse needs baseline.known, the statistics that have all prompts",
+    )
+
+
+def _schedule_values(key: str, schedule: Any) -> list[float]:
+    number = (int, float)
+    if isinstance(schedule, number) and not isinstance(schedule, bool):
+        return [float(schedule)]
+    pairs = isinstance(schedule, list) and all(
+        isinstance(p, list) and len(p) == 2 and all(isinstance(v, number) for v in p) for p in schedule
+    )
+    _refuse(not pairs or not schedule, f"{key} must be a number or [[step, value], ...], not {schedule}")
+    steps = [p[0] for p in schedule]
+    ordered = steps[0] == 0 and all(a < b for a, b in itertools.pairwise(steps))
+    _refuse(not ordered, f"{key}: the steps of a schedule begin at 0 and rise, not {steps}")
+    return [float(p[1]) for p in schedule]
+
+
+def _check_inputs(config: Config) -> None:
+    data, policy, models = config.data, config.policy, config.reward_models
+    _refuse(not models, "reward_models is empty: give at least one")
+    if data.microcosm is None:
+        _refuse(data.prompts is None, "data.prompts is missing: give a JSONL or Parquet file, or a hub name")
+        _refuse(
+            data.judge is not None, f"data.judge={data.judge} needs the microcosm's prompts (data=microcosm)"
+        )
+        _refuse(
+            policy.path is None and (data.demonstrations is None or policy.init_from is None),
+            "give policy.path (a finished policy), or policy.init_from and data.demonstrations (to train one)",
+        )
+        for name, model in models.items():
+            _refuse(
+                model.path is None and model.preferences is None,
+                f"give reward_models.{name}.path (a finished model) or reward_models.{name}.preferences",
+            )
+    else:
+        _refuse(
+            data.prompts is not None, "data.prompts needs data=files: data=microcosm brings its own prompts"
+        )
+        for name, model in models.items():
+            _refuse(
+                model.path is None and model.preferences is None and name not in ("helpful", "harmless"),
+                f"give reward_models.{name}.path or .preferences: the microcosm has pairs for helpful and harmless",
+            )
+    for key, model in _all_models(config):
+        _refuse(
+            model.path is None and model.training is None,
+            f"give {key}.path (a finished model) or {key}.training",
+        )
+        _refuse(
+            model.reference == "canned" and not model.canned,
+            f"{key}.reference=canned needs {key}.canned, a list of responses",
+        )
+        _refuse(
+            model.reference == "column" and model.column is None,
+            f"{key}.reference=column needs {key}.column, a column of the prompts' data set",
+        )
+    for name in config.evaluators:
+        _refuse(
+            name not in models,
+            f"evaluators.{name} judges what reward_models.{name} rewards, which is not there",
+        )
+    check_utility(
+        config.utility.transform,
+        config.utility.combine,
+        config.utility.parameters,
+        {name: model.weight for name, model in models.items()},
+    )
