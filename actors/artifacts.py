@@ -26,17 +26,19 @@ class Artifacts:
 
     @cached_property
     def rules(self) -> dict[str, ReferenceRule]:
-        return self._rules(self.config.reward_models)
-
-    @cached_property
-    def evaluator_rules(self) -> dict[str, ReferenceRule]:
-        return self._rules(self.config.evaluators)
-
-    def _rules(self, models: dict[str, RewardModelConfig]) -> dict[str, ReferenceRule]:
         b = self.config.baseline
         return {
             name: ReferenceRule(kind=m.reference, level=b.level, estimator=b.estimator, constant=m.constant)
-            for name, m in models.items()
+            for name, m in self.config.reward_models.items()
+        }
+
+    @cached_property
+    def evaluator_rules(self) -> dict[str, ReferenceRule]:
+        """Of what wins by an evaluator: the same in every run, whatever its own references are."""
+        level = self.config.evaluate.level
+        return {
+            name: ReferenceRule(kind=m.reference, level=level, estimator="empirical", constant=m.constant)
+            for name, m in self.config.evaluators.items()
         }
 
     @cached_property
@@ -138,7 +140,7 @@ class Artifacts:
             self.baseline_keys,
             self.evaluator_names,
             {n: (m.reference, m.canned, m.constant) for n, m in c.evaluators.items()},
-            c.baseline.level if c.evaluators else None,
+            c.evaluate.level if c.evaluators else None,
             [p.id for p in self.data.eval_prompts],
             c.rollout.prompts_per_item,
             (c.evaluate.samples, c.evaluate.judge_samples),

@@ -167,6 +167,7 @@ class AlignConfig:
 class EvaluateConfig:
     samples: int  # responses of each policy to each evaluation prompt
     judge_samples: int  # base responses from which the judge and the evaluators take their reference
+    level: float  # of the quantile of base responses that wins, judged by evaluators
     best_of: list[int]  # best-of-n of base responses as a further policy to compare with
 
 

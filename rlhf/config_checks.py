@@ -111,6 +111,8 @@ def _check_numbers(config: Config) -> None:
         f"align.prompts_per_step={align.prompts_per_step} must be a multiple of "
         f"rollout.prompts_per_item={config.rollout.prompts_per_item}",
     )
+    level = config.evaluate.level
+    _refuse(not 0 < level < 1, f"evaluate.level={level} must be within (0, 1)")
     for n in config.evaluate.best_of:
         _refuse(
             not 2 <= n <= config.evaluate.samples,

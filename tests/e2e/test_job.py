@@ -25,7 +25,7 @@ TINY = [
     "align.steps=2",
     "align.prompts_per_step=8",
     "align.samples_per_prompt=2",
-    "evaluate={samples: 2, judge_samples: 4, best_of: [2]}",
+    "evaluate={samples: 2, judge_samples: 4, level: 0.85, best_of: [2]}",
 ]
 
 
