@@ -16,6 +16,7 @@ from rlhf.evaluate.samples import PolicySamples
 from rlhf.store import Store
 from rlhf.utility.statistics import BaselineStatistics
 
+REFERENCE_ARM = "lsc"  # what the other arms are compared with; in a study without it, the first arm
 Ran = tuple[Config, float, str | None]
 """A cell that ran: its configuration, the seconds it took, and why it failed, if it did."""
 
@@ -39,7 +40,9 @@ def compare_cells(cells: Sequence[Ran], folder: Path, seconds: float) -> str:
             stored = BaselineStatistics.load(artifacts.statistics_path)
             utility = base_utility(artifacts.utility, artifacts.rules, stored, base)
             figures += best_of_figures(base, utility, config.evaluate.best_of, config.seed)
-    summary = write_comparison(figures, folder, f"{len(figures)} policies, {seconds / 60:.0f} min")
+    arms = [f.arm for f in figures]
+    reference = REFERENCE_ARM if REFERENCE_ARM in arms else arms[0]
+    summary = write_comparison(figures, folder, f"{len(figures)} policies, {seconds / 60:.0f} min", reference)
     return as_table(summary)
 
 
