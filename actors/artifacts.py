@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -48,8 +49,9 @@ class Artifacts:
             return source_fingerprint(policy.path)
         source = demonstrations_source(self.data)
         start = policy.init_from and source_fingerprint(policy.init_from)
+        trained = replace(policy, lora=None)  # adapters come with alignment
         return fingerprint(
-            "sft", policy, start, source_fingerprint(source), self.config.deepspeed, self.config.seed
+            "sft", trained, start, source_fingerprint(source), self.config.deepspeed, self.config.seed
         )
 
     @cached_property
@@ -109,7 +111,7 @@ class Artifacts:
             b.exact,
             b.known and source_fingerprint(b.known),
             adaptive,
-            {n: m.reference == "canned" for n, m in models.items()},
+            {n: m.canned for n, m in models.items() if m.reference == "canned"},
             {n: self.data.column(m.column) for n, m in models.items() if m.reference == "column"},
             self.config.seed,
         )
@@ -139,7 +141,8 @@ class Artifacts:
             "base samples",
             self.baseline_keys,
             self.evaluator_names,
-            {n: (m.reference, m.canned, m.constant) for n, m in c.evaluators.items()},
+            {n: (m.chat_template, m.reference, m.canned, m.constant) for n, m in c.evaluators.items()},
+            {n: self.data.column(m.column) for n, m in c.evaluators.items() if m.reference == "column"},
             c.evaluate.level if c.evaluators else None,
             [p.id for p in self.data.eval_prompts],
             c.rollout.prompts_per_item,

@@ -41,7 +41,7 @@ class BaselineStage:
         self._actor = self._roles.baseline.actor
         ray.get(self._actor.reset.remote(self._artifacts.baseline_keys, self._config.baseline.exact))
         unseen = self._unseen()
-        updates = self._canned(unseen) + self._columns()
+        updates = self._canned() + self._columns()
         found: dict[str, Any] = {}
         if self._config.baseline.tolerance is None:
             self._sample(unseen)
@@ -79,8 +79,10 @@ class BaselineStage:
     def _sample(self, prompts: Sequence[Prompt]) -> None:
         """One round of samples for these prompts."""
         c = self._config
+        # Beside known samples new ones are drawn, not those of the earlier run again.
+        purpose = "baseline" if c.baseline.known is None else f"baseline {self._artifacts.baseline_name}"
         items = work_items(
-            prompts, c.rollout.prompts_per_item, c.baseline.samples, c.seed, "baseline", self._items
+            prompts, c.rollout.prompts_per_item, c.baseline.samples, c.seed, purpose, self._items
         )
         self._items += len(items)
         self._progress.extend(self._items)
@@ -103,12 +105,12 @@ class BaselineStage:
                 return progress.saved
             self._sample([p for p, needs in zip(self._prompts, progress.needs, strict=True) if needs])
 
-    def _canned(self, prompts: Sequence[Prompt]) -> list[ray.ObjectRef]:
-        """Rewards of the canned responses to these prompts, on their way to the estimator."""
+    def _canned(self) -> list[ray.ObjectRef]:
+        """Rewards of the canned responses to every prompt, on their way to the estimator."""
         updates = []
-        contents, ids = [p.content for p in prompts], np.array([p.id for p in prompts], np.uint64)
+        contents, ids = [p.content for p in self._prompts], self._ids
         for name, model in self._config.reward_models.items():
-            for i, canned in enumerate(model.canned if model.reference == "canned" and prompts else []):
+            for i, canned in enumerate(model.canned if model.reference == "canned" else []):
                 rewards = self._roles.rewards.canned(name, contents, [canned] * len(contents))
                 item = (self._artifacts.baseline_name, i)
                 updates.append(self._actor.update_canned.remote(name, ids, rewards, item))

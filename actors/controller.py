@@ -121,6 +121,7 @@ class Controller:
         elif ref in self._pulling:
             self._pulled(ref)
         elif self._step is not None and ref in self._step.waiting:
+            ray.get(ref)  # an error of one rank, while the others wait for it
             self._step.waiting.discard(ref)
             if not self._step.waiting:
                 self._trained(self._step)

@@ -184,6 +184,8 @@ class GeneratorPool:
                     self.submit(waiting.popleft(), worker)
             for ref in ray.wait(self.pending, timeout=1.0)[0] if self.pending else []:
                 _, item, sampled = self.finish(ref)
+                if item not in items:  # of an earlier call that an error or a dead generator cut short
+                    continue
                 if sampled is None:
                     waiting.appendleft(item)
                 else:

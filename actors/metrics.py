@@ -57,6 +57,7 @@ def _ratios(learner: dict[str, float]) -> dict[str, float]:
     flat = {
         key: learner[f"sum/{key}"] / trained
         for key in ("importance_weight", "importance_capped", "sampler_gap", "clipped", "entropy")
+        if f"sum/{key}" in learner
     }
     flat["surprise"] = learner["sum/surprise"] / learner["sum/tokens"]
     if "sum/returns" in learner:

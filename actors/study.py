@@ -23,27 +23,42 @@ Ran = tuple[Config, float, str | None]
 
 def compare_cells(cells: Sequence[Ran], folder: Path, seconds: float) -> str:
     """Writes comparison.html, summary.json and the figures of a study into a folder; returns a table as text."""
-    figures: list[CellFigures] = []
-    seeds: set[int] = set()
-    for config, took, failed in cells:
-        assert config.study is not None
-        artifacts = _artifacts(config)
-        if failed is not None:
-            figures.append(_failed(config, took, failed))
-            continue
-        base, aligned = _samples(artifacts)
-        study = config.study
-        cell = Cell(study.arm, _point(config), config.seed, study.kl_coefs[study.point], took, base, aligned)
-        figures.append(cell_figures(cell, lexicon(config)))
-        if study.arm == cells[0][0].study.arm and config.seed not in seeds:  # type: ignore[union-attr]
-            seeds.add(config.seed)
-            stored = BaselineStatistics.load(artifacts.statistics_path)
-            utility = base_utility(artifacts.utility, artifacts.rules, stored, base)
-            figures += best_of_figures(base, utility, config.evaluate.best_of, config.seed)
-    arms = [f.arm for f in figures]
+    figures = [_figures(*cell) for cell in cells]
+    trained = [f for f in figures if f.diverged is None]
+    if not trained:
+        raise ValueError(f"no cell of the study was trained: {figures[0].diverged}")
+    arms = [f.arm for f in trained]
     reference = REFERENCE_ARM if REFERENCE_ARM in arms else arms[0]
-    summary = write_comparison(figures, folder, f"{len(figures)} policies, {seconds / 60:.0f} min", reference)
-    return as_table(summary)
+    figures += _best_of([config for config, *_ in cells], trained, reference)
+    title = f"{len(trained)} trained policies, {len(set(arms))} arms; this call took {seconds / 60:.0f} min"
+    return as_table(write_comparison(figures, folder, title, reference))
+
+
+def _figures(config: Config, took: float, failed: str | None) -> CellFigures:
+    study = config.study
+    assert study is not None
+    if failed is not None:
+        return _failed(config, took, failed)
+    base, aligned = _samples(_artifacts(config))
+    cell = Cell(study.arm, _point(config), config.seed, study.kl_coefs[study.point], took, base, aligned)
+    try:
+        return cell_figures(cell, lexicon(config))
+    except ValueError as error:  # a figure is not finite
+        return _failed(config, took, str(error))
+
+
+def _best_of(configs: Sequence[Config], trained: Sequence[CellFigures], reference: str) -> list[CellFigures]:
+    """Best-of-n of each seed's base samples, chosen by the reference arm's utility."""
+    usable = {f.seed for f in trained if f.arm == reference}
+    by_seed = {c.seed: c for c in configs if c.study is not None and c.study.arm == reference}
+    figures: list[CellFigures] = []
+    for seed in sorted(usable):
+        artifacts = _artifacts(by_seed[seed])
+        base, _ = _samples(artifacts)
+        stored = BaselineStatistics.load(artifacts.statistics_path)
+        utility = base_utility(artifacts.utility, artifacts.rules, stored, base)
+        figures += best_of_figures(base, utility, by_seed[seed].evaluate.best_of, seed)
+    return figures
 
 
 def _point(config: Config) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,8 +30,8 @@ def reason(error: BaseException) -> str:
 
 
 class Sweep(Callback):
-    """Hydra's callback (conf/config.yaml). A failed cell of a study is told of and the others go on; any other
-    failed job ends the sweep."""
+    """Hydra's callback (conf/config.yaml). A cell of a study that fails by a user's error is told of, and the others go
+    on with new processes; any other failed job ends the sweep."""
 
     current: ClassVar[Sweep | None] = None
 
@@ -43,20 +44,23 @@ class Sweep(Callback):
 
     def job(self, config: Config, folder: Path, resolved: str, run: Callable[..., None]) -> None:
         """Runs one job of the sweep."""
-        if config.study is None:
-            return run(config, folder, resolved, self._session)
-        started = time.perf_counter()
+        started, failed = time.perf_counter(), None
         try:
             run(config, folder, resolved, self._session)
-            failed = None
         except ValueError as error:
+            if config.study is None:
+                raise
             failed = reason(error)
+            self._session.release()  # a failed run may have left work in its processes
             self._failed.append(
                 f"{config.study.arm}, point {config.study.point}, seed {config.seed}: {failed}"
             )
             sys.stderr.write(f"failed: {self._failed[-1]}\n")
-        self._cells.append((config, time.perf_counter() - started, failed))
-        return None
+        except Exception:  # Hydra would go on with the next job
+            traceback.print_exc()
+            sys.exit(f"error: job {folder.name} of the sweep failed; what was done before it is kept")
+        if config.study is not None:
+            self._cells.append((config, time.perf_counter() - started, failed))
 
     def finish(self) -> None:
         """After the last job: compares the cells. (Not a callback of Hydra's, which turns errors into warnings.)"""
@@ -64,7 +68,10 @@ class Sweep(Callback):
         if self._cells:
             from actors.study import compare_cells
 
-            summary = compare_cells(self._cells, self._folder, time.perf_counter() - self._started)
+            try:
+                summary = compare_cells(self._cells, self._folder, time.perf_counter() - self._started)
+            except ValueError as error:
+                sys.exit(f"error: {error}")
             sys.stdout.write(summary + f"\n{self._folder}/comparison.html\n")
         if self._failed:
             sys.exit(f"error: {len(self._failed)} cells failed: {'; '.join(self._failed)}")

@@ -6,7 +6,7 @@ models were perfect: tells a weakness of the objective from one of the reward mo
 
 Nothing is trained. The base policy answers each held-out prompt many times; the closed form is those responses,
 weighted by exp(u / beta), with beta chosen for a given mean KL. Rewards are those of the study's reward models, or the
-judge's own scores in nats of its preferences. References come from other samples than those that are weighted.
+judge's own scores in nats of its preferences. r_ref, what wins, and the closed form come from samples of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ JUDGED_ARMS = tuple(
     arm for arm in ARMS if arm != "zscore"
 )  # where every sample scores alike there is no deviation
 KLS = (0.5, 1.0, 1.5)  # nats; a weighting of 64 samples cannot show much more
-REFERENCE, WEIGHTED = 32, 64  # samples of each prompt for r_ref, and for the closed form
+REFERENCE, BAR, WEIGHTED = (
+    32,
+    32,
+    64,
+)  # samples of each prompt: for r_ref, for what wins, and for the closed form
+EVERY = REFERENCE + BAR + WEIGHTED
 Scores = Mapping[str, np.ndarray]
 
 
@@ -79,9 +84,9 @@ def one_seed(seed: int, output: str) -> dict[str, dict[str, dict[str, float]]]:
     prompts, config, judge = made.data.eval_prompts, made.config, MicrocosmJudge()
     chat = ChatFormat(load_tokenizer(made.policy_path, "policy.path"), "policy")
     engine = TransformersEngine(load_policy(made.policy_path), chat, config.rollout.max_new_tokens, 1.0)
-    items = work_items(prompts, 8, REFERENCE + WEIGHTED, seed, "ideal policies")
+    items = work_items(prompts, 8, EVERY, seed, "ideal policies")
     flat = [text for item in items for text in engine.generate(item).texts]
-    texts = [flat[i : i + REFERENCE + WEIGHTED] for i in range(0, len(flat), REFERENCE + WEIGHTED)]
+    texts = [flat[i : i + EVERY] for i in range(0, len(flat), EVERY)]
     contents = [p.content for p in prompts]
     canned = config.reward_models["harmless"].canned
     gold = judge.score(prompts, texts)
@@ -99,8 +104,8 @@ def one_seed(seed: int, output: str) -> dict[str, dict[str, dict[str, float]]]:
             {n: LABEL_SCALE * s for n, s in judged_canned.items()},
         ),
     }
-    bar = judge.reference({n: s[:, :REFERENCE] for n, s in gold.items()})
-    won = np.logical_and.reduce([gold[n][:, REFERENCE:] >= bar[n][:, None] for n in gold])
+    bar = judge.reference({n: s[:, REFERENCE:-WEIGHTED] for n, s in gold.items()})
+    won = np.logical_and.reduce([gold[n][:, -WEIGHTED:] >= bar[n][:, None] for n in gold])
     ids = np.array([p.id for p in prompts], np.uint64)
     found: dict[str, dict[str, dict[str, float]]] = {"base": {"base": {"0": float(won.mean())}}}
     for source, (rewards, fixed) in sources.items():
@@ -112,7 +117,7 @@ def one_seed(seed: int, output: str) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def scored(scorer: Any, contents: Sequence[Any], texts: Sequence[Sequence[str]]) -> np.ndarray:
-    """Rewards of every text, float32 [P, n]; a few of each prompt at a time, for the attention within is quadratic."""
+    """Rewards of every text, float32 [P, n]; a few of each prompt at a time, to keep masks small."""
     few = 8
     columns = []
     for start in range(0, len(texts[0]), few):
@@ -133,7 +138,7 @@ def combined(made: Any, ids: np.ndarray, rewards: Scores, canned: Scores) -> np.
         for i, column in enumerate(canned[name].T):
             statistics.add_canned(name, ids, column.astype(np.float32), i)
     references = {n: statistics.reference(n, ids, rule, 256) for n, rule in made.rules.items()}
-    raw = np.stack([rewards[n][:, REFERENCE:].ravel() for n in made.rules], 1).astype(np.float32)
+    raw = np.stack([rewards[n][:, -WEIGHTED:].ravel() for n in made.rules], 1).astype(np.float32)
     group = np.repeat(np.arange(len(ids)), WEIGHTED)
     return made.utility.combined(raw, references, group).reshape(len(ids), WEIGHTED).astype(np.float64)
 

@@ -4,7 +4,8 @@
     python -m benchmarks.study_coefficients outputs/sweeps/DATE/summary.json
 
 This is all the tuning there is, and the same for every arm. KL is a power of the coefficient between two neighbouring
-points; beyond the outer points the outermost power goes on. The figures go into conf/arm.
+points; beyond the outer points the outermost power goes on, a little. Where a target is farther away the arm needs
+another pilot run, whose summary.json is given beside the first. The figures go into conf/arm.
 """
 
 from __future__ import annotations
@@ -17,16 +18,24 @@ from itertools import pairwise
 from pathlib import Path
 
 TARGETS = (1.1, 2.6, 5.0)  # nats a response
+BEYOND = 1.5  # how many times the greatest KL measured, or less than the least, a target may be
 
 
 def coefficient(points: Sequence[tuple[float, float]], target: float) -> float:
     """The coefficient at a KL, from (coefficient, KL) points.
 
+    Raises:
+        ValueError: the KL is too far from what was measured.
+
     >>> round(coefficient([(1.0, 1.0), (0.5, 2.0), (0.25, 8.0)], 4.0), 4)
     0.3536
     """
     ordered = sorted((math.log(kl), math.log(c)) for c, kl in points)
-    assert len(ordered) > 1, "a pilot needs two points an arm"
+    least, most = math.exp(ordered[0][0]), math.exp(ordered[-1][0])
+    if len(ordered) < 2 or not least / BEYOND <= target <= most * BEYOND:
+        raise ValueError(
+            f"{target:g} nats is too far from the {least:.2f} to {most:.2f} nats measured: pilot again"
+        )
     spans = list(pairwise(ordered))
     aim = math.log(target)
     (x0, y0), (x1, y1) = next((s for s in spans if aim <= s[1][0]), spans[-1])
@@ -44,7 +53,10 @@ def main() -> None:
                 measured.setdefault(f["arm"], []).append((f["kl_coef"], f["kl"]))
     for arm, points in measured.items():
         shown = "  ".join(f"{c:g}: {kl:.2f}" for c, kl in sorted(points, reverse=True))
-        found = "  ".join(f"{target:g} nats at {coefficient(points, target):.2g}" for target in TARGETS)
+        try:
+            found = "  ".join(f"{target:g} nats at {coefficient(points, target):.2g}" for target in TARGETS)
+        except ValueError as error:
+            found = str(error)
         print(f"{arm:<16}{found}   (coefficient: KL {shown})")
 
 

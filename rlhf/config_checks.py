@@ -190,6 +190,11 @@ def _check_baseline(config: Config) -> None:
             baseline.max_samples < baseline.samples,
             f"baseline.max_samples={baseline.max_samples} is below baseline.samples={baseline.samples}",
         )
+        _refuse(
+            baseline.max_samples % baseline.samples != 0,
+            f"baseline.max_samples={baseline.max_samples} must be a multiple of baseline.samples={baseline.samples}, "
+            "the responses of each round",
+        )
     _refuse(
         baseline.unseen == "refuse" and baseline.known is None,
         "baseline.unseen=refuse needs baseline.known, the statistics that have all prompts",

@@ -171,7 +171,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         )
     if BEST_OF in summary["arms"]:
         said.append(
-            "best_of_n is not trained: expected figures of choosing the best of n base responses, drawn at KL "
+            "best_of_n is not trained: expected figures of choosing the best of n base responses by "
+            f"{summary['reference_arm']}’s utility, drawn at KL "
             "log n − (n−1)/n, which is exact for continuous utilities and an upper bound otherwise (arXiv 2401.01879)."
         )
     return said

@@ -101,7 +101,8 @@ def progress(base: PolicySamples, aligned: PolicySamples) -> dict[str, float]:
 def noise(base: PolicySamples, aligned: PolicySamples) -> dict[str, float]:
     """What `progress` shows when nothing changed: the base policy's even samples against its odd ones.
 
-    Both directions are averaged. A lower tail is scaled to the sample counts of the comparison itself, whose
+    Both directions are averaged. left_behind/joint_win is left out: with half the samples more prompts tie, and none of
+    them fell. A lower tail is scaled to the sample counts of the comparison itself, whose
     differences of means have variance 1/N + 1/n in place of 1/h + 1/h' for the halves.
     """
     count, after = base.lengths.shape[1], aligned.lengths.shape[1]
@@ -111,7 +112,7 @@ def noise(base: PolicySamples, aligned: PolicySamples) -> dict[str, float]:
     there, back = progress(even, odd), progress(odd, even)
     halves = 1 / (count - count // 2) + 1 / (count // 2)
     shrink = math.sqrt((1 / count + 1 / after) / halves)
-    mean = {name: (there[name] + back[name]) / 2 for name in there}
+    mean = {name: (there[name] + back[name]) / 2 for name in there if name != "left_behind/joint_win"}
     return {name: v * shrink if name.startswith("lower_tail") else v for name, v in mean.items()}
 
 

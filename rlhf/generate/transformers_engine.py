@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.data.chat import ChatFormat
-from rlhf.learn.batching import pack, pad, takes_packing, token_logprobs
+from rlhf.learn.batching import layout, token_logprobs
 from rlhf.models.load import end_tokens, max_positions
 from rlhf.types import Ragged, Rollouts, WorkItem, prompt_id
 
@@ -55,7 +55,7 @@ class TransformersEngine:
             )
         self.limit = max_positions(model.config)
         self.version = 0
-        self._lay = pack if takes_packing(model, model.config.get_text_config().vocab_size) else pad
+        self._lay = layout(model)
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from rlhf.config import AlgorithmConfig
 from rlhf.learn.advantages import ADVANTAGES, Outcome, scaled
-from rlhf.learn.batching import TokenBatch, pack, pad, token_logprobs, token_logprobs_and_entropy
+from rlhf.learn.batching import Layout, TokenBatch, token_logprobs, token_logprobs_and_entropy
 from rlhf.learn.critic import token_values, value_loss
 from rlhf.learn.experience import Merged
 from rlhf.learn.kl import ESTIMATORS
@@ -56,11 +56,11 @@ class Aligner:
         critic: Trainer | None,
         settings: AlgorithmConfig,
         max_new_tokens: int,
-        packing: bool,
+        lay: Layout,
     ) -> None:
         assert (critic is not None) == (settings.advantage == "gae")
         self.policy, self.reference, self.critic = policy, reference, critic
-        self._settings, self._limit, self._lay = settings, max_new_tokens, pack if packing else pad
+        self._settings, self._limit, self._lay = settings, max_new_tokens, lay
 
     def step(
         self,

@@ -7,12 +7,13 @@ those of the plain, padded way (`pad`), which serves models that take no custom 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf.types import Ragged
 
@@ -207,6 +208,43 @@ def _right_pad(batch: list[int], prompts: Ragged, responses: Ragged, group: np.n
 
 def _flat(parts: Any) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+Layout = Callable[[Ragged, Ragged, np.ndarray, Sequence[int], int], list[TokenBatch]]
+"""`pack`, `pad`, or a choice between them."""
+
+
+def layout(model: PreTrainedModel) -> Layout:
+    """`pack` wherever it is exact for the model, else `pad`.
+
+    A custom mask replaces a model's own, and so its sliding window: such a model is packed while every sequence fits
+    its window.
+    """
+    if not takes_packing(model, model.config.get_text_config().vocab_size):
+        return pad
+    window = attention_window(model.config)
+    if window is None:
+        return pack
+
+    def within(
+        prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int
+    ) -> list[TokenBatch]:
+        longest = max((int(prompts.lengths[group[r]] + responses.lengths[r]) for r in rows), default=0)
+        return (pack if longest <= window else pad)(prompts, responses, group, rows, budget)
+
+    return within
+
+
+def attention_window(config: PretrainedConfig) -> int | None:
+    """The tokens that the model's narrowest layer looks back on, itself included; None: all."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    spans = {
+        "sliding": getattr(text, "sliding_window", None),
+        "chunked": getattr(text, "attention_chunk_size", None),
+    }
+    used = [n for kind, n in spans.items() if n and (kinds is None or any(k.startswith(kind) for k in kinds))]
+    return min(used, default=None)
 
 
 @torch.no_grad()

@@ -41,6 +41,8 @@ class AdaptiveKL:
     >>> control.update(kl=4.0, responses=10)
     >>> control.factor  # the error is cut at 20 %
     1.02
+
+    A step of more responses than the horizon counts as one of the horizon: the factor stays above 0.
     """
 
     def __init__(self, target: float, horizon: float) -> None:
@@ -49,4 +51,4 @@ class AdaptiveKL:
     def update(self, kl: float, responses: int) -> None:
         """Takes the measured KL of a step, nats a response."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.factor *= 1 + error * responses / self.horizon
+        self.factor *= 1 + error * min(1.0, responses / self.horizon)

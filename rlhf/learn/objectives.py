@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from rlhf.learn.batching import TokenBatch, by_length, pack, pad, token_logprobs
+from rlhf.learn.batching import Layout, TokenBatch, by_length, pack, token_logprobs
 from rlhf.models.reward import Classifier, score_rows
 from rlhf.types import Ragged
 
@@ -48,7 +48,7 @@ class TokenPairs:
 class Supervised:
     """Cross-entropy of the response tokens, mean over the batch's tokens. A batch: (TokenPairs, indices)."""
 
-    packing: bool = True
+    lay: Layout = pack
 
     def micro_batches(
         self, batch: tuple[TokenPairs, np.ndarray], rank: int, world: int, budget: int
@@ -56,7 +56,6 @@ class Supervised:
         data, indices = batch
         total = float(data.responses.lengths[indices].sum())
         mine = balanced(data.prompts.lengths[indices] + data.responses.lengths[indices], world)[rank]
-        lay = pack if self.packing else pad
         rows = [int(indices[i]) for i in mine]
 
         def loss(tokens: TokenBatch) -> MicroBatch:
@@ -66,7 +65,7 @@ class Supervised:
 
             return MicroBatch(call, tokens.input_ids.numel())
 
-        return [loss(t) for t in lay(data.prompts, data.responses, np.arange(len(data)), rows, budget)]
+        return [loss(t) for t in self.lay(data.prompts, data.responses, np.arange(len(data)), rows, budget)]
 
 
 @dataclass(frozen=True)

@@ -71,14 +71,14 @@ def policy_loss(
     if entropy is not None:
         each = each - settings.entropy_coef * entropy
     loss = (tokens.share * each).sum()
-    return loss, {
+    sums = {} if entropy is None else {"sum/entropy": entropy.sum().item()}
+    return loss, sums | {
         "loss": loss.item(),
         "sum/trained_tokens": float(len(logprobs)),
         "sum/importance_weight": weight.sum().item(),
         "sum/importance_capped": (weight > settings.importance_cap).sum().item(),
         "sum/sampler_gap": log_weight.abs().sum().item(),
         "sum/clipped": clipped.sum().item(),
-        "sum/entropy": 0.0 if entropy is None else entropy.sum().item(),
     }
 
 

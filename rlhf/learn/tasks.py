@@ -9,11 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from rlhf.config import AlgorithmConfig, ArchitectureConfig, LoraConfig
 from rlhf.learn.alignment import Aligner, ReferencePolicy
-from rlhf.learn.batching import takes_packing
+from rlhf.learn.batching import layout
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.objectives import BradleyTerry, Objective, Supervised
 from rlhf.learn.trainer import Trainer
@@ -40,7 +39,7 @@ class SupervisedTask:
             model = new_policy(self.architecture, tokenizer, self.seed)
         else:
             model = load_policy(self.init_from, "policy.init_from")
-        return model.to(device), Supervised(packs(model.to(device)))
+        return model.to(device), Supervised(layout(model.to(device)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class AlignTask:
     def start(self, device: str, trainer: Callable[[torch.nn.Module], Trainer]) -> Aligner:
         """The policy, what it is compared with and its critic, ready; `trainer` puts an engine around a model."""
         model: Any = load_policy(self.policy).to(device)
-        packing = packs(model)
+        lay = layout(model)
         if self.lora is not None:
             model = with_adapter(model, self.lora, self.seed)
         reference = None
@@ -83,11 +82,7 @@ class AlignTask:
             key = "algorithm.critic.init_from"
             pad = load_tokenizer(start, key).pad_token_id
             critic = trainer(ValueModel(new_reward_model(start, key, self.seed, pad).to(device)))
-        return Aligner(trainer(model), reference, critic, self.settings, self.max_new_tokens, packing)
-
-
-def packs(model: PreTrainedModel) -> bool:
-    return takes_packing(model, model.config.get_text_config().vocab_size)
+        return Aligner(trainer(model), reference, critic, self.settings, self.max_new_tokens, lay)
 
 
 def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> np.ndarray:

@@ -90,10 +90,7 @@ class Trainer:
         self.model: Any = (
             model.inner if isinstance(model, Classifier | ValueModel) else model
         )  # what is saved
-        model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # the sampler has none, and importance weights compare the two
+        model.eval()  # without dropout: the sampler has none, and importance weights compare the two
         parameters = [p for p in model.parameters() if p.requires_grad]
         settings = deepspeed_settings(config, 1e-3, weight_decay, max_grad_norm)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)

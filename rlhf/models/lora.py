@@ -18,7 +18,8 @@ def with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
     """The model under a new adapter, which changes nothing yet; only the adapter's weights are trainable.
 
     Raises:
-        ValueError: the model has no module of these names; it names policy.lora.target_modules.
+        ValueError: the model has no module of these names, or one of them is an embedding or shares its weight with
+            another module; it names policy.lora.target_modules.
     """
     import peft
 
@@ -31,12 +32,35 @@ def with_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return peft.get_peft_model(model, settings)
+        adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if hasattr(m, "weight")})
         raise ValueError(
             f"policy.lora.target_modules={lora.target_modules}: {error} The model has {', '.join(names)}"
         ) from None
+    _check_layers(adapted, lora)
+    return adapted
+
+
+def _check_layers(adapted: Any, lora: LoraConfig) -> None:
+    """Adapters must be on layers of weights that are theirs alone: elsewhere they cannot be merged."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in adapted.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, module in adapted.named_modules():
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        base = module.get_base_layer()
+        if isinstance(base, torch.nn.Embedding) or len(owners[id(base.weight)]) > 1:
+            what = (
+                "is an embedding"
+                if isinstance(base, torch.nn.Embedding)
+                else "shares its weight with another"
+            )
+            raise ValueError(
+                f"policy.lora.target_modules={lora.target_modules}: {name.removeprefix(PREFIX)} {what}, and an adapter "
+                "on it cannot be merged into the policy; leave it out"
+            )
 
 
 def is_adapted(model: torch.nn.Module) -> bool:

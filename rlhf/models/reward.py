@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.data.chat import ChatFormat
-from rlhf.learn.batching import by_length, pack
+from rlhf.learn.batching import attention_window, by_length, pack
 from rlhf.models.load import load_reward_model, load_tokenizer, max_positions
 from rlhf.types import Content, Ragged
 
@@ -22,12 +22,14 @@ class Classifier(torch.nn.Module):
     """A sequence classifier with one label, called on the conversations of one `TokenBatch` or one padded batch.
 
     Packed: conversations that begin alike share that beginning, rows are filled, and the head reads the last token
-    of each. It is exact for causal models that take a custom mask; `packs` says whether this one is.
+    of each. It is exact for causal models that take a custom mask; `packs` says whether this one is, and `window`
+    how long a conversation may be, where layers look back no further.
     """
 
     def __init__(self, model: PreTrainedModel, pad: int | None) -> None:
         super().__init__()
         self.inner, self.pad = model, pad
+        self.window = attention_window(model.config)
         self.packs = _packs(self, model.config.get_text_config().vocab_size)
 
     def forward(
@@ -76,7 +78,8 @@ class ScoreBatch:
 
 def batches(classifier: Classifier, rows: Sequence[Row], budget: int) -> list[ScoreBatch]:
     """Token rows as batches; neighbours that begin alike share their beginning, if the classifier packs."""
-    if classifier.packs:
+    fits = classifier.window is None or max(map(len, rows), default=0) <= classifier.window
+    if classifier.packs and fits:
         shared, own, group = _split(rows)
         return [
             ScoreBatch(

@@ -203,9 +203,10 @@ class BaselineStatistics:
         self.keys = {**other.keys, **self.keys}
 
     def adopt(self, path: Path, keys: Mapping[str, str]) -> list[str]:
-        """Takes over samples and canned rewards of an earlier file, of the models whose fingerprints are equal.
+        """Takes over the base policy's samples of an earlier file, of the models whose fingerprints are equal.
 
-        The names of the models may differ. Columns that came with the data set are not taken over.
+        The names of the models may differ. Rewards of canned responses and columns that came with the data set are not
+        taken over: they depend on more than a model's fingerprint says.
 
         Args:
             keys: model -> fingerprint of this run; they become part of `keys`.
@@ -217,7 +218,7 @@ class BaselineStatistics:
             ValueError: no fingerprint is equal, the file is damaged, or what `merge` raises.
         """
         earlier = BaselineStatistics.load(path)
-        earlier._columns[COLUMN] = {}
+        earlier._columns["canned"], earlier._columns[COLUMN] = {}, {}
         theirs = {fingerprint: model for model, fingerprint in earlier.keys.items()}
         names = {model: theirs[fingerprint] for model, fingerprint in keys.items() if fingerprint in theirs}
         if not names:

@@ -112,6 +112,17 @@ def test_known_statistics_are_taken_over_and_unseen_prompts_sampled_or_refused(j
     ids = np.array([p.id for p in job.data.prompts], np.uint64)
     assert (statistics.counts("helpful", ids) == 4).all()
 
+    more = ("baseline.tolerance=0.0001", "baseline.max_samples=8")
+    _, statistics = baseline(jobs.make(f"baseline.known={known}", *more, bare=True))
+    assert (statistics.counts("helpful", ids) == 8).all()  # and not the four that are known once more
+    assert np.mean([len(set(statistics.samples("helpful", int(i)))) for i in ids]) > 6
+
+    other = jobs.make(f"baseline.known={known}", "reward_models.harmless.canned=['yes .']", bare=True)
+    _, statistics = baseline(other)
+    rules = other.artifacts.rules
+    before = BaselineStatistics.load(known).reference("harmless", ids, rules["harmless"]).r_ref
+    assert (statistics.reference("harmless", ids, rules["harmless"]).r_ref != before).all()
+
 
 def test_references_from_a_column_of_the_prompts(jobs, prompts_file, tmp_path):
     rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]

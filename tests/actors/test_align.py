@@ -132,6 +132,20 @@ def test_rewards_are_the_formula(jobs, reward_folders, policy_folder):
     np.testing.assert_allclose(rewards.combined, -np.log1p(np.exp(-centred)).sum(1), rtol=1e-5)
 
 
+def test_work_that_an_earlier_call_left_is_not_taken_for_this_one(jobs):
+    """As after an error in the middle of a stage: the generators still hold its items."""
+    from actors.work import work_items
+
+    job = jobs.make()
+    generators = job.roles.generators
+    generators.load(job.artifacts.policy_path)
+    left = work_items(job.data.prompts[:3], 3, 2, seed=1, purpose="left")
+    generators.submit(left[0], generators.idle()[0])
+    asked = work_items(job.data.prompts[3:12], 3, 2, seed=2, purpose="asked")
+    found = sorted(generators.sample(asked), key=lambda s: s.item.id)
+    assert [s.item for s in found] == asked
+
+
 def items(job):
     from actors.work import work_items
 

@@ -12,6 +12,7 @@ from rlhf.learn.schedule import learning_rate
 from rlhf.learn.tasks import SupervisedTask, batch_indices
 from rlhf.models.load import load_policy
 from rlhf.types import Ragged
+from tests.tiny import save_policy
 
 pytestmark = pytest.mark.actors
 TRAINING = TrainingConfig(steps=4, batch_size=6, learning_rate=0.01, warmup_steps=1, weight_decay=0.1)
@@ -49,10 +50,13 @@ def expected(policy_folder) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 1), (2, 2), (3, 2)])
 def test_training_equals_plain_pytorch(cluster, policy_folder, expected, tmp_path, stage, ranks):
-    """Also with micro-batches of one tree, of which the ranks have different numbers."""
+    """Also with micro-batches of one tree, of which the ranks have different numbers, and without the dropout that the
+    model asks for: the sampler has none."""
     config = DeepSpeedConfig(stage, "float32", micro_batch_tokens=16, offload_optimizer=False)
     group = LearnerGroup(config, RoleConfig(ranks, 0.1, 0), None)
-    group.load(SupervisedTask(str(policy_folder), ARCHITECTURE, str(policy_folder), 0), TRAINING.weight_decay)
+    start = str(save_policy(tmp_path / "dropout", attention_dropout=0.5))
+    assert load_policy(start).config.attention_dropout == 0.5
+    group.load(SupervisedTask(start, ARCHITECTURE, start, 0), TRAINING.weight_decay)
     steps = group.fit(ray.put(data()), TRAINING, 3, 0, TRAINING.steps)
     weights = ray.get(group.weights()).arrays()
     assert weights.keys() == expected.keys()

@@ -13,10 +13,13 @@ from rlhf.data.chat import ChatFormat
 from rlhf.generate.transformers_engine import TransformersEngine
 from rlhf.learn.advantages import ADVANTAGES
 from rlhf.learn.alignment import Aligner, ReferencePolicy
+from rlhf.learn.batching import pack, pad
 from rlhf.learn.critic import ValueModel
+from rlhf.learn.kl import AdaptiveKL
 from rlhf.models.load import load_policy, load_tokenizer, new_reward_model
 from rlhf.models.lora import adapter_off, merged_parameters, with_adapter
 from rlhf.types import Experience, Rewards, WorkItem
+from tests.tiny import save_policy
 
 PROMPTS = tuple(
     [{"role": "user", "content": text}] for text in ("what is tea ?", "how do i make bread ?", "no !")
@@ -78,7 +81,9 @@ def step(model, reference, algorithm, experiences, kl_coef, world=1, budget=4096
     totals = {}
     for rank in range(world):
         value = None if critic is None else Rank(critic, rank, world, budget)
-        aligner = Aligner(Rank(model, rank, world, budget), held, value, algorithm, 8, packing)
+        aligner = Aligner(
+            Rank(model, rank, world, budget), held, value, algorithm, 8, pack if packing else pad
+        )
         for key, v in aligner.step(experiences, kl_coef, 0.1, 0.1).items():
             totals[key] = totals.get(key, 0.0) + v
     return totals["loss"], torch.cat([p.grad.flatten() for p in model.parameters()]), totals
@@ -369,11 +374,26 @@ def test_lora_starts_as_the_base_merges_exactly_and_is_its_own_reference(policy_
         with_adapter(load_policy(str(policy_folder)), LoraConfig(4, 8, target_modules=["nowhere"]), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("module", "why"), [("lm_head", "shares its weight with another"), ("embed_tokens", "is an embedding")]
+)
+def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path, module, why):
+    model = load_policy(str(save_policy(tmp_path, tie_word_embeddings=True)))
+    with pytest.raises(ValueError, match=rf"policy.lora.target_modules=.*{module} {why}"):
+        with_adapter(model, LoraConfig(4, 8, target_modules=["q_proj", module]), seed=0)
+
+
+def test_a_step_larger_than_the_horizon_keeps_the_kl_coefficient_positive():
+    control = AdaptiveKL(target=3.0, horizon=50)
+    control.update(kl=0.0, responses=256)
+    assert control.factor == pytest.approx(0.8)
+
+
 def test_a_reference_within_a_context(models, experiences):
     """The policy itself, within a context, gives the same step as a model of its own with the same weights."""
     model, _ = models
     own = step(model, copy.deepcopy(model).requires_grad_(False), settings(), experiences, 0.3)[1]
     model.zero_grad()
-    aligner = Aligner(Rank(model), ReferencePolicy(None, nullcontext), None, settings(), 8, True)
+    aligner = Aligner(Rank(model), ReferencePolicy(None, nullcontext), None, settings(), 8, pack)
     aligner.step(experiences, 0.3, 0.1, 0.1)
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), own)

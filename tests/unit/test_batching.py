@@ -13,7 +13,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rlhf.learn.batching import by_length, pack, pad, takes_packing, token_logprobs
+from rlhf.learn.batching import attention_window, by_length, layout, pack, pad, takes_packing, token_logprobs
 from rlhf.models.load import load_policy
 from rlhf.types import Ragged
 from tests.tiny import config
@@ -113,6 +113,34 @@ def test_packing_is_exact_on_other_architectures(model_config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config).eval()
     assert takes_packing(model, 30, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_config", "window"),
+    [
+        (MistralConfig(**SMALL, sliding_window=16), 16),
+        (Gemma2Config(**SMALL, sliding_window=16, attn_implementation="eager"), 16),
+        (MistralConfig(**SMALL, sliding_window=None), None),
+        (Qwen3Config(**SMALL), None),
+    ],
+    ids=["mistral", "gemma2", "mistral without a window", "qwen3"],
+)
+@torch.no_grad()
+def test_layout_is_exact_within_and_beyond_a_sliding_window(model_config, window):
+    """A custom mask replaces the window, so longer sequences are not packed."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model_config).eval()
+    assert attention_window(model.config) == window
+    lay, rng, group = layout(model), np.random.default_rng(0), np.array([0, 0, 1])
+    for lengths in ([3, 2, 4], [20, 9, 25]):
+        prompts, responses = ragged(rng, [4, 2], 30), ragged(rng, lengths, 30)
+        flat = np.full(len(responses.values), np.nan, np.float32)
+        batches = lay(prompts, responses, group, range(3), 4096)
+        for batch in batches:
+            flat[batch.index.numpy()] = token_logprobs(model, batch).numpy()
+        np.testing.assert_allclose(flat, one_by_one(model, prompts, responses, group, 1.0), atol=1e-4)
+        packed = batches[0].attention_mask.dim() == 4
+        assert packed == (window is None or max(lengths) + 4 <= window)
 
 
 class Deaf(torch.nn.Module):

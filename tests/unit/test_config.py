@@ -16,7 +16,8 @@ def config(*overrides: str):
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["experiment=quick"], ["utility=linear"], ["deepspeed=zero3"], GIVEN]
+    "overrides",
+    [[], ["experiment=quick"], ["experiment=study"], ["utility=linear"], ["deepspeed=zero3"], GIVEN],
 )
 @pytest.mark.parametrize("more", [[], ["resources=cluster"], ["baseline=gaussian"]])
 def test_shipped_choices_are_accepted(overrides, more):
@@ -40,6 +41,9 @@ def test_the_canned_refusals_are_the_microcosms():
         (["align.kl_coef=[[5, 0.1]]"], r"align.kl_coef: the steps of a schedule begin at 0"),
         (["align.kl_coef=high"], r"align.kl_coef must be a number or"),
         (["align.kl_coef=-0.1"], r"align.kl_coef must not be negative"),
+        (["baseline.tolerance=0.1", "baseline.samples=48"], r"max_samples=128 must be a multiple of .*=48"),
+        (["evaluate.samples=4"], r"evaluate.best_of has 8.*evaluate.samples=4"),
+        (["evaluate.level=0"], r"evaluate.level=0.0 must be within"),
         (["baseline.level=1.0"], r"baseline.level=1.0 must be within"),
         (["deepspeed.zero_stage=4"], r"deepspeed.zero_stage=4 is not one of 0, 1, 2, 3"),
         (["utility.transform=linear"], r"utility.combine=and needs .*lsc.*, not linear"),

@@ -5,7 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
+)
 
 from rlhf.models.load import load_reward_model
 from rlhf.models.reward import Classifier, RewardScorer, _split, score_rows
@@ -25,6 +31,31 @@ def test_packed_scores_equal_single_forward_passes(reward_folders, budget):
     np.testing.assert_allclose(score_rows(classifier, classifier, rows, budget), expected, atol=2e-5)
     classifier.packs = False
     np.testing.assert_allclose(score_rows(classifier, classifier, rows, budget), expected, atol=2e-5)
+
+
+@torch.no_grad()
+def test_conversations_longer_than_a_sliding_window_are_scored_plainly():
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=30,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=16,
+        num_labels=1,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    model = MistralForSequenceClassification(config).eval()
+    classifier, rng = Classifier(model, 0), np.random.default_rng(0)
+    assert classifier.packs
+    for longest in (16, 30):
+        start = rng.integers(2, 30, size=4)
+        rows = [np.concatenate([start, rng.integers(2, 30, size=n)]) for n in (2, longest - 4, 1)]
+        expected = [model(input_ids=torch.tensor(row[None])).logits.item() for row in rows]
+        np.testing.assert_allclose(score_rows(classifier, classifier, rows, 4096), expected, atol=2e-5)
 
 
 def test_a_bidirectional_classifier_is_scored_plainly():
