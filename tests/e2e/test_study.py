@@ -30,9 +30,9 @@ TINY = [
 
 
 def test_a_study_compares_its_cells_and_goes_on_where_it_stopped(tmp_path):
-    done = rlhf(*TINY[:1], "seed=0", *TINY[2:], cwd=tmp_path)
+    done = rlhf("-m", *TINY[:1], "seed=0", *TINY[2:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
-    done = rlhf(*TINY, cwd=tmp_path)
+    done = rlhf("-m", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     assert done.stdout.count("align: skipped, done before") == 4  # the cells of seed 0
     assert done.stdout.count("align: done") == 4
