@@ -1,4 +1,5 @@
-"""Writes a study's comparison: comparison.html for people, summary.json for programs, pareto.svg and pareto.png.
+"""Writes a study's comparison: comparison.html and comparison.md for people, summary.json for programs, pareto.svg and
+pareto.png.
 
 comparison.html is one file without scripts or anything from elsewhere; it follows the reader's light or dark theme.
 summary.json has "title", "figures", the list of `CellFigures` as JSON, and "comparison", what `compare` returns.
@@ -43,7 +44,7 @@ def write_comparison(
     at: Sequence[float] = AT,
     expected: Iterable[tuple[str, int, int]] | None = None,
 ) -> dict[str, Any]:
-    """Writes the four files into `folder` and returns the summary; arguments as those of `compare`.
+    """Writes the five files into `folder` and returns the summary; arguments as those of `compare`.
 
     Raises:
         ValueError: as `compare`.
@@ -55,6 +56,7 @@ def write_comparison(
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     write_atomic(folder / "summary.json", text + "\n")
     write_atomic(folder / "comparison.html", page)
+    write_atomic(folder / "comparison.md", words.as_markdown(summary))
     write_pareto(summary, folder)
     return summary
 

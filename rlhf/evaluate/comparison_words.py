@@ -12,6 +12,15 @@ from rlhf.evaluate.words import Verdict, signed
 
 MAIN = "win/gold/joint"
 NOT_TOLD = "not told apart"
+_MARKDOWN = (
+    MAIN,
+    "win/evaluator/joint",
+    "left_behind/joint",
+    "hacking/repeated_sentence",
+    "hacking/length",
+    "overoptimisation/gold",
+)
+_UNITS = {"share": "points"}
 _HEADLINE = (MAIN, "win/evaluator/joint", "left_behind/joint")
 JUDGES = {"gold": "gold judge", "evaluator": "evaluator models"}
 _FAMILIES = {  # label, unit, whether more is better (1), worse (-1) or neither (0)
@@ -190,6 +199,31 @@ def as_table(summary: Mapping[str, Any]) -> str:
         f"not run: {i['arm']} point {i['point']} seed {i['seed']}: {i['why']}" for i in summary["incomplete"]
     ]
     return "\n\n".join([*blocks, aligned_columns(rows), "\n".join([*notes(summary), *missing])]) + "\n"
+
+
+def as_markdown(summary: Mapping[str, Any]) -> str:
+    """The main differences at equal KL as a Markdown table, a row for each other arm."""
+    metrics = [m for m in _MARKDOWN if m in summary["metrics"]]
+    arm = summary["reference_arm"]
+    heads = [f"{arm} minus", "KL, nats"]
+    heads += [f"{describe(m).label}, {_UNITS.get(describe(m).unit, describe(m).unit)}" for m in metrics]
+    lines = [heads, ["---"] * len(heads)]
+    for other, rows in summary["differences"].items():
+        span = rows[MAIN]["range"] if MAIN in rows else None
+        cells = [
+            _markdown(m, rows[m]["average"]) if m in rows and rows[m]["average"] else "–" for m in metrics
+        ]
+        lines.append([other, "–" if span is None else f"{span[0]:.1f} to {span[1]:.1f}", *cells])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        table
+        + f"\n\nMean over seeds (95 % t-interval); ✓ told apart in favour of {arm}, ✗ in favour of the other.\n"
+    )
+
+
+def _markdown(metric: str, average: Mapping[str, Any]) -> str:
+    mark = {"better": " ✓", "worse": " ✗"}.get(favours(metric, average), "")
+    return amount(metric, average, unit=False) + mark
 
 
 def _block(summary: Mapping[str, Any], arm: str) -> str:

@@ -55,6 +55,18 @@ def page(cells: list[CellFigures], **more: Any) -> str:
     return html(compare(cells, **more), "A study")
 
 
+def test_the_markdown_table_marks_what_is_told_apart(tmp_path: Path) -> None:
+    found = write_comparison(study(), tmp_path, "A study")
+    rows = [line.split(" | ") for line in (tmp_path / "comparison.md").read_text().splitlines()]
+    assert rows[0][0] == "| lsc minus"
+    (linear,) = (row for row in rows if row[0] == "| linear")
+    main = found["differences"]["linear"]["win/gold/joint"]["average"]
+    assert linear[2].startswith(f"+{100 * main['mean']:.1f} (+{100 * main['low']:.1f} to ")
+    assert linear[2].endswith("✓")  # more wins are better
+    assert linear[rows[0].index("Say a sentence twice, points")].endswith("✓")  # and fewer repeats
+    assert "✓" not in linear[rows[0].index("Mean length, tokens")]  # neither good nor bad
+
+
 def test_summary_holds_the_figures_and_what_they_say(tmp_path: Path) -> None:
     cells = study()
     returned = write_comparison(cells, tmp_path, "A study", at=(1.0, 3.0))
@@ -69,6 +81,7 @@ def test_summary_holds_the_figures_and_what_they_say(tmp_path: Path) -> None:
     assert row["at"]["3"]["mean"] == pytest.approx(0.04 * 3, abs=0.02)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "comparison.html",
+        "comparison.md",
         "pareto.png",
         "pareto.svg",
         "summary.json",
