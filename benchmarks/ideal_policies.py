@@ -80,7 +80,7 @@ def one_seed(seed: int, output: str) -> dict[str, dict[str, dict[str, float]]]:
         store = Store(Path(output).absolute() / "store")
         return Artifacts(config, prepare(config, store), store)
 
-    made = artifacts()
+    made = artifacts("arm=lsc")
     prompts, config, judge = made.data.eval_prompts, made.config, MicrocosmJudge()
     chat = ChatFormat(load_tokenizer(made.policy_path, "policy.path"), "policy")
     engine = TransformersEngine(load_policy(made.policy_path), chat, config.rollout.max_new_tokens, 1.0)

@@ -17,7 +17,14 @@ def config(*overrides: str):
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["experiment=quick"], ["experiment=study"], ["utility=linear"], ["deepspeed=zero3"], GIVEN],
+    [
+        [],
+        ["experiment=quick"],
+        ["experiment=study", "arm=par"],
+        ["utility=linear"],
+        ["deepspeed=zero3"],
+        GIVEN,
+    ],
 )
 @pytest.mark.parametrize("more", [[], ["resources=cluster"], ["baseline=gaussian"]])
 def test_shipped_choices_are_accepted(overrides, more):
