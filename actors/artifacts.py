@@ -142,7 +142,7 @@ class Artifacts:
             self.baseline_keys,
             self.evaluator_names,
             {n: (m.chat_template, m.reference, m.canned, m.constant) for n, m in c.evaluators.items()},
-            {n: self.data.column(m.column) for n, m in c.evaluators.items() if m.reference == "column"},
+            self._evaluator_columns(),
             c.evaluate.level if c.evaluators else None,
             [p.id for p in self.data.eval_prompts],
             c.rollout.prompts_per_item,
@@ -150,6 +150,10 @@ class Artifacts:
             c.data.judge,
             c.seed,
         )
+
+    def _evaluator_columns(self) -> dict[str, list[tuple[int, float]]]:
+        found, models = self.data.eval_prompts, self.config.evaluators
+        return {n: self.data.column(m.column, found) for n, m in models.items() if m.reference == "column"}
 
     @cached_property
     def evaluate_name(self) -> str:

@@ -117,7 +117,7 @@ class Evaluation:
         return _scores(self._roles.evaluators, evaluators, sampled, len(self._prompts))
 
     def _evaluator_references(self, sampled: list[Sampled]) -> Scores:
-        """What an evaluator's score must reach, float32 [P], by the same rule as its reward model's r_ref."""
+        """What an evaluator's score must reach, float32 [P], by `Artifacts.evaluator_rules`."""
         rules = self._artifacts.evaluator_rules
         statistics = BaselineStatistics()
         for name, scores in self._evaluate(sampled).items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from actors.artifacts import Artifacts
 from rlhf.config import Config
 from rlhf.data.prepare import prepare
-from rlhf.evaluate.cells import Cell, CellFigures, best_of_figures, cell_figures
+from rlhf.evaluate.cells import BEST_OF, Cell, CellFigures, best_of_figures, cell_figures
 from rlhf.evaluate.comparison_report import as_table, write_comparison
 from rlhf.evaluate.record import load_samples
 from rlhf.evaluate.run import base_utility, lexicon
@@ -29,7 +29,8 @@ def compare_cells(cells: Sequence[Ran], folder: Path, seconds: float) -> str:
         raise ValueError(f"no cell of the study was trained: {figures[0].diverged}")
     arms = [f.arm for f in trained]
     reference = REFERENCE_ARM if REFERENCE_ARM in arms else arms[0]
-    figures += _best_of([config for config, *_ in cells], trained, reference)
+    done = [cell[0] for cell, f in zip(cells, figures, strict=True) if f.diverged is None]
+    figures += _best_of(done, reference)
     title = f"{len(trained)} trained policies, {len(set(arms))} arms; this call took {seconds / 60:.0f} min"
     return as_table(write_comparison(figures, folder, title, reference))
 
@@ -47,17 +48,24 @@ def _figures(config: Config, took: float, failed: str | None) -> CellFigures:
         return _failed(config, took, str(error))
 
 
-def _best_of(configs: Sequence[Config], trained: Sequence[CellFigures], reference: str) -> list[CellFigures]:
+def _best_of(done: Sequence[Config], reference: str) -> list[CellFigures]:
     """Best-of-n of each seed's base samples, chosen by the reference arm's utility."""
-    usable = {f.seed for f in trained if f.arm == reference}
-    by_seed = {c.seed: c for c in configs if c.study is not None and c.study.arm == reference}
+    by_seed = {c.seed: c for c in done if c.study is not None and c.study.arm == reference}
     figures: list[CellFigures] = []
-    for seed in sorted(usable):
-        artifacts = _artifacts(by_seed[seed])
+    for seed, config in sorted(by_seed.items()):
+        artifacts, ns = _artifacts(config), config.evaluate.best_of
         base, _ = _samples(artifacts)
         stored = BaselineStatistics.load(artifacts.statistics_path)
-        utility = base_utility(artifacts.utility, artifacts.rules, stored, base)
-        figures += best_of_figures(base, utility, by_seed[seed].evaluate.best_of, seed)
+        try:
+            utility = base_utility(artifacts.utility, artifacts.rules, stored, base)
+        except ValueError as error:  # a prompt of the evaluation that the transform cannot take
+            why = str(error)
+            figures += [
+                CellFigures(BEST_OF, p, seed, 0.0, 0.0, None, "own", 0, 0, {}, {}, diverged=why)
+                for p in range(len(ns))
+            ]
+            continue
+        figures += best_of_figures(base, utility, ns, seed)
     return figures
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +25,15 @@ class RunData:
     preferences: dict[str, str | None]  # by reward model
     evaluator_preferences: dict[str, str | None]  # by evaluator: other pairs
 
-    def column(self, name: str | None) -> list[tuple[int, float]]:
-        """The ids of all prompts with their values of a column of numbers.
+    def column(self, name: str | None, prompts: Sequence[Prompt] | None = None) -> list[tuple[int, float]]:
+        """The ids of these prompts (default: all) with their values of a column of numbers.
 
         Raises:
             ValueError: a prompt has no finite number there; it names the row.
         """
         assert name is not None
         found = []
-        for prompt in [*self.prompts, *self.eval_prompts]:
+        for prompt in [*self.prompts, *self.eval_prompts] if prompts is None else prompts:
             value = prompt.meta.get(name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(

@@ -41,7 +41,8 @@ class CellFigures:
     """What is kept of a cell. `base` holds what the same metrics are at KL 0; a diverged cell has no figures.
 
     For the metrics that sampling noise alone moves (left_behind, lower_tail) the value at KL 0 is not 0: it is
-    measured between two halves of the base samples. Without two base samples a prompt it is absent.
+    measured between two halves of the base samples. It is absent without two base samples a prompt, and for
+    left_behind/joint_win.
     """
 
     arm: str

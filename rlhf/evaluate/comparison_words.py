@@ -170,7 +170,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         "what other prompts would add to the uncertainty is not in them.",
         "Between measured points, and from the base policy at KL 0 to the first, metrics are interpolated linearly in "
         "KL; no arm is judged beyond its largest KL.",
-        "Shares of prompts that fell, and the worst tenth, include sampling noise: at KL 0 they are what noise shows.",
+        "Shares of prompts that fell, and the worst tenth, include sampling noise: at KL 0 they are what noise shows "
+        "(of the joint win rate that is not known).",
     ]
     if any(len(seeds) == 1 for seeds in summary["seeds"].values()):
         said.append("Where an arm has one seed there is no interval, and nothing can be told apart.")

@@ -46,7 +46,7 @@ def measure(
     """Metric -> value of the aligned policy, and metric -> value at KL 0, where the policy is the base.
 
     Sampling noise alone moves left_behind and lower_tail, so their values at KL 0 are those of `noise`; they are
-    absent when a prompt has fewer than two base samples.
+    absent when a prompt has fewer than two base samples. left_behind/joint_win has none.
     """
     judges = judges_of(base, aligned)
     values: dict[str, float] = {}

@@ -40,6 +40,7 @@ class RunRecord:
     aligned: PolicySamples
     baseline: Mapping[str, Mapping[str, Any]]  # by reward model
     best_of: Sequence[BestOf] = ()  # best-of-n of the base samples, chosen by the utility that was maximised
+    no_best_of: str = ""  # why there is none, if it was asked for
 
 
 _ARRAYS = ("prompt_ids", "lengths", "finished", "log_ratio")

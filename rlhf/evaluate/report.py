@@ -8,7 +8,8 @@ summary.json (keys sorted, no NaN):
     win_vs_random.NAME                  chance to beat a random base response to the same prompt; ties half
     win_vs_random_ci.NAME               [low, high]
     kl, kl_standard_error               nats a response, aligned from base policy
-    best_of.N.{kl, win_rate.NAME, versus.NAME}  best-of-N of the base policy, by the utility that was maximised
+    best_of.N.{kl, win_rate.NAME, versus.NAME}  best-of-N of the base policy, by the utility that was maximised;
+                                        versus is empty where N is every sample there is
     left_behind.PROPERTY                share of prompts whose mean judged score fell
     hacking.COUNTER.{base, aligned}     counters of `rlhf.evaluate.hacking`
     judge                               "own", or "reward_models" when they judged themselves

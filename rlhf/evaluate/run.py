@@ -36,6 +36,12 @@ def run_record(
     """The record of a finished run from the folders of its stages."""
     base, aligned = load_samples(evaluated / "base.npz"), load_samples(evaluated / "aligned.npz")
     stored = BaselineStatistics.load(statistics)
+    chosen, why_not = [], ""
+    if config.evaluate.best_of:
+        try:
+            chosen = best_of(base, base_utility(utility, rules, stored, base), config.evaluate.best_of)
+        except ValueError as error:  # a prompt of the evaluation that the transform cannot take
+            why_not = str(error)
     return RunRecord(
         title=" · ".join(
             (
@@ -53,7 +59,8 @@ def run_record(
         base=base,
         aligned=aligned,
         baseline=_examples(stored, rules, aligned),
-        best_of=best_of(base, base_utility(utility, rules, stored, base), config.evaluate.best_of),
+        best_of=chosen,
+        no_best_of=why_not,
     )
 
 

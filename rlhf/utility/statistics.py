@@ -50,8 +50,8 @@ class BaselineStatistics:
 
     Args:
         exact: rewards of a prompt kept exactly, 2 at least.
-        keys: model -> fingerprint of all its rewards depend on (base policy, sampling, canned responses, reward
-            model). They are kept in the file, for other runs to `adopt`.
+        keys: model -> fingerprint of all that its sampled rewards depend on (base policy, sampling, reward model).
+            They are kept in the file, for other runs to `adopt`.
     """
 
     def __init__(self, exact: int = 512, keys: Mapping[str, str] | None = None) -> None:

@@ -8,7 +8,7 @@ from rlhf.evaluate.record import load_samples
 from tests.e2e.command import rlhf
 from tests.tiny import config, save_policy
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300, method="signal")]
 WORDS = ["what", "is", "tea", "bread", "good", "bad", "lock", "open", "make", "yes"]
 
 

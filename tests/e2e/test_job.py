@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.command import ROOT
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300, method="signal")]
 BIN = Path(sys.executable).parent
 TINY = [
     "data.microcosm={demonstrations: 200, pairs: 200, eval_share: 0.2, seed: 0}",

@@ -11,7 +11,7 @@ import pytest
 from rlhf.evaluate.record import load_samples
 from tests.e2e.command import rlhf
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600, method="signal")]
 
 
 @pytest.fixture(scope="module")

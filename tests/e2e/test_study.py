@@ -7,7 +7,7 @@ import pytest
 
 from tests.e2e.command import rlhf
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900, method="signal")]
 
 TINY = [
     "experiment=study_quick",
