@@ -90,7 +90,15 @@ class Artifacts:
     def baseline_keys(self) -> dict[str, str]:
         """What the base policy's rewards by each model depend on, whatever the prompts and their number."""
         c = self.config
-        sampled = (self.policy_name, c.policy.chat_template, c.rollout.max_new_tokens, c.rollout.temperature)
+        r = c.rollout
+        sampled = (
+            self.policy_name,
+            c.policy.chat_template,
+            r.max_new_tokens,
+            r.temperature,
+            r.dtype,
+            c.dtype,
+        )
         models = c.reward_models
         return {
             n: fingerprint(sampled, name, models[n].chat_template) for n, name in self.reward_names.items()

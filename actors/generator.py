@@ -55,14 +55,19 @@ class Generator:
         chat = ChatFormat(load_tokenizer(policy, "policy.path"), "policy", self._template)
         device = "cuda" if self._role.gpus > 0 else "cpu"
         self._engine = TransformersEngine(
-            load_policy(policy), chat, self._rollout.max_new_tokens, self._rollout.temperature, device=device
+            load_policy(policy),
+            chat,
+            self._rollout.max_new_tokens,
+            self._rollout.temperature,
+            device=device,
+            dtype=self._rollout.dtype,
         )
 
     def set_weights(self, weights: Any, version: int) -> None:
         """Takes published weights; nothing, if this process was restarted and has no policy yet."""
         if self._engine is None:
             return
-        self._engine.set_weights(weights.arrays(), version)
+        self._engine.set_weights(weights.tensors(), version)
 
     def generate(self, item: WorkItem) -> tuple[Rollouts, Summary] | tuple[None, None]:
         """Samples a work item; nothing, if this process was restarted and has no policy yet."""

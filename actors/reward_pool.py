@@ -33,12 +33,13 @@ class RewardModel:
     """One replica of one reward model."""
 
     def __init__(
-        self, name: str, path: str, template: str | None, budget: int, cpus: float, gpus: float
+        self, name: str, path: str, template: str | None, budget: int, dtype: str, cpus: float, gpus: float
     ) -> None:
         set_threads(cpus)
         from rlhf.models.reward import RewardScorer
 
-        self._scorer = RewardScorer(name, path, template, budget, "cuda" if gpus > 0 else "cpu")
+        device = "cuda" if gpus > 0 else "cpu"
+        self._scorer = RewardScorer(name, path, template, budget, device, dtype)
 
     def score(self, rollouts: list[ray.ObjectRef]) -> np.ndarray:
         """Rewards of the responses of one `Rollouts`, float32 [B]."""
@@ -98,6 +99,7 @@ class RewardPool:
         paths: Mapping[str, str],
         resources: ResourcesConfig,
         budget: int,
+        dtype: str,
         baseline: Any,
     ) -> None:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -112,6 +114,7 @@ class RewardPool:
                 paths[name],
                 model.chat_template,
                 budget,
+                dtype,
                 resources.reward.cpus,
                 resources.reward.gpus,
             )

@@ -66,9 +66,11 @@ class Roles:
     ) -> RewardPool:
         templates = {n: m.chat_template for n, m in models.items()}
         budget, resources = self.config.deepspeed.micro_batch_tokens * 2, self.config.resources
-        parts = (paths, templates, resources.reward, resources.max_reward_replicas, budget)
+        parts = (paths, templates, resources.reward, resources.max_reward_replicas, budget, self.config.dtype)
         baseline = self.baseline.actor
-        return self._role(name, parts, lambda: RewardPool(models, paths, resources, budget, baseline))
+        return self._role(
+            name, parts, lambda: RewardPool(models, paths, resources, budget, self.config.dtype, baseline)
+        )
 
     @contextmanager
     def start_beside(self, role: str) -> Iterator[None]:

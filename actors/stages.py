@@ -174,6 +174,7 @@ class Job:
             lora=c.policy.lora,
             penalise=c.align.kl_coef != 0,
             max_new_tokens=c.rollout.max_new_tokens,
+            dtype=c.deepspeed.dtype,
             seed=c.seed,
         )
         with self.view.stage("align", c.align.steps) as progress:

@@ -145,6 +145,7 @@ class AlgorithmConfig:
 
 @dataclass
 class RolloutConfig:
+    dtype: str  # of the generators
     max_new_tokens: int
     temperature: float
     prompts_per_item: int  # prompts in one work item: what one generator samples at a time
@@ -174,7 +175,7 @@ class EvaluateConfig:
 @dataclass
 class DeepSpeedConfig:
     zero_stage: int
-    dtype: str  # float32 | bfloat16
+    dtype: str  # of the learner's forward and backward passes; master weights are float32
     micro_batch_tokens: int  # tokens a rank puts through the model at once
     offload_optimizer: bool
 
@@ -217,6 +218,7 @@ class StudyConfig:
 class Config:
     stages: list[str]
     seed: int
+    dtype: str  # float32 | bfloat16 | auto: bfloat16 where the processor multiplies it faster
     output_dir: str
     data: DataConfig
     policy: PolicyConfig

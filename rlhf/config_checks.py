@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf.config import STAGES, Config, RewardModelConfig
 from rlhf.utility.kinds import check_utility
 
+DTYPES = ("float32", "bfloat16", "auto")
+
 
 def typed(values: DictConfig) -> Config:
     """The composed Hydra configuration as a checked `Config`.
@@ -53,7 +55,9 @@ def _check_names(config: Config) -> None:
         _refuse(stage not in STAGES, f"stages: '{stage}' is not one of {', '.join(STAGES)}")
     choices = {
         "baseline.estimator": (config.baseline.estimator, ("empirical", "gaussian")),
-        "deepspeed.dtype": (config.deepspeed.dtype, ("float32", "bfloat16")),
+        "dtype": (config.dtype, DTYPES),
+        "deepspeed.dtype": (config.deepspeed.dtype, DTYPES),
+        "rollout.dtype": (config.rollout.dtype, DTYPES),
         "deepspeed.zero_stage": (config.deepspeed.zero_stage, (0, 1, 2, 3)),
         "logging.live": (config.logging.live, ("auto", "plain", "off")),
         "data.judge": (config.data.judge, (None, "microcosm")),

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.learn.batching import pack, token_logprobs
+from rlhf.learn.batching import pack
+from rlhf.learn.logprobs import PolicyModel, token_logprobs
 from rlhf.types import Ragged
 
 
@@ -40,8 +41,9 @@ def log_distribution(
     own = Ragged.of([list(r) for _ in prompts for r in every], np.int32)
     group = np.repeat(np.arange(len(prompts)), len(every))
     flat = np.zeros(len(own.values))
+    policy = PolicyModel(model)
     for batch in pack(shared, own, group, range(len(own)), budget=4096):
-        flat[batch.index.numpy()] = token_logprobs(model, batch).double().numpy()
+        flat[batch.index.numpy()] = token_logprobs(policy, batch).double().numpy()
     return np.add.reduceat(flat, own.offsets[:-1]).reshape(len(prompts), len(every))
 
 

@@ -16,8 +16,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.data.chat import ChatFormat
-from rlhf.learn.batching import layout, token_logprobs
+from rlhf.learn.logprobs import PolicyModel, token_logprobs
 from rlhf.models.load import end_tokens, max_positions
+from rlhf.models.precision import cast, dtype_of
 from rlhf.types import Ragged, Rollouts, WorkItem, prompt_id
 
 COMPACT_SHARE = 0.75  # the batch is compacted when no more than this share of its rows is alive
@@ -45,6 +46,7 @@ class TransformersEngine:
         temperature: float,
         budget: int = 4096,
         device: str = "cpu",
+        dtype: str = "float32",
     ) -> None:
         self.model, self.chat, self.device, self.budget = model.to(device).eval(), chat, device, budget
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
@@ -55,17 +57,18 @@ class TransformersEngine:
             )
         self.limit = max_positions(model.config)
         self.version = 0
-        self._lay = layout(model)
+        self._policy = PolicyModel(model)
+        cast(model, dtype_of(dtype, device))
 
     @torch.no_grad()
-    def set_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
+    def set_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         parameters = dict(self.model.named_parameters())
         if parameters.keys() != weights.keys():
             raise ValueError(
                 f"weights of version {version} do not fit the policy: {parameters.keys() ^ weights.keys()}"
             )
         for name, parameter in parameters.items():
-            parameter.copy_(torch.tensor(weights[name]).view(parameter.shape))
+            parameter.copy_(weights[name].view(parameter.shape))
         self.version = version
 
     @torch.inference_mode()
@@ -166,8 +169,12 @@ class TransformersEngine:
     def logprobs(self, rollouts: Rollouts) -> np.ndarray:
         flat = np.empty(len(rollouts.tokens.values), np.float32)
         rows = range(rollouts.responses)
-        for batch in self._lay(rollouts.prompt_tokens, rollouts.tokens, rollouts.group, rows, self.budget):
-            flat[batch.index.numpy()] = token_logprobs(self.model, batch, rollouts.temperature).cpu().numpy()
+        for batch in self._policy.lay(
+            rollouts.prompt_tokens, rollouts.tokens, rollouts.group, rows, self.budget
+        ):
+            flat[batch.index.numpy()] = (
+                token_logprobs(self._policy, batch, rollouts.temperature).cpu().numpy()
+            )
         return flat
 
 

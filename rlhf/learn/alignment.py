@@ -11,10 +11,11 @@ import torch
 
 from rlhf.config import AlgorithmConfig
 from rlhf.learn.advantages import ADVANTAGES, Outcome, scaled
-from rlhf.learn.batching import Layout, TokenBatch, token_logprobs, token_logprobs_and_entropy
+from rlhf.learn.batching import Layout, TokenBatch
 from rlhf.learn.critic import token_values, value_loss
 from rlhf.learn.experience import Merged
 from rlhf.learn.kl import ESTIMATORS
+from rlhf.learn.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf.learn.objectives import Metrics, MicroBatch, balanced
 from rlhf.learn.policy_loss import Tokens, policy_loss, shares
 from rlhf.learn.trainer import Trainer

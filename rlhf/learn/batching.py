@@ -1,12 +1,13 @@
-"""Token batches without padding: prompts shared, rows filled, positions restarted.
+"""Token batches without padding: prompts shared, sequences laid side by side, positions restarted.
 
-A *tree* is a prompt with some of its responses: the prompt is computed once, and each response sees it and
-itself under a block mask. Trees are laid into rows by first-fit decreasing. It is exact: the log-probabilities are
-those of the plain, padded way (`pad`), which serves models that take no custom mask.
+A *tree* is a prompt with some of its responses: the prompt is computed once, and each response sees it and itself
+(`rlhf/models/attention.py`). It is exact: the log-probabilities are those of the plain, padded way (`pad`), which
+serves models whose attention is their own.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,64 +16,44 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rlhf.models import attention
+from rlhf.models.attention import Tree
 from rlhf.types import Ragged
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
     """What a causal model is called with, and where its predictions of response tokens are.
 
-    `predict[n]` is the flat position (row * width + column) whose logits predict response token `targets[n]`,
+    With `trees` the batch is one row of trees, and the attention mask says nothing. `predict[n]` is the flat position (row * width + column) whose logits predict response token `targets[n]`,
     which is token `index[n]` of the flat response tokens and belongs to response `response[n]`. `last[i]` is the
     flat position of the last token of response `rows[i]`.
     """
 
     input_ids: torch.Tensor  # int64 [rows, width]
     position_ids: torch.Tensor  # int64 [rows, width]
-    attention_mask: torch.Tensor  # int64 [rows, width], or float32 additive [rows, 1, width, width]
+    attention_mask: torch.Tensor  # int64 [rows, width]; with trees [1, 1, 1, 1]
     predict: torch.Tensor  # int64 [N]
     targets: torch.Tensor  # int64 [N]
     index: torch.Tensor  # int64 [N]
     response: torch.Tensor  # int64 [N]
     rows: torch.Tensor  # int64 [responses in the batch]
     last: torch.Tensor  # int64 [responses in the batch]
+    trees: tuple[Tree, ...] | None = None
 
-
-def token_logprobs(model: torch.nn.Module, batch: TokenBatch, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities of the batch's response tokens, float32 [N], at the sampling temperature."""
-    chosen = _chosen_logits(model, batch, temperature)
-    return -torch.nn.functional.cross_entropy(chosen, batch.targets.to(chosen.device), reduction="none")
-
-
-def token_logprobs_and_entropy(
-    model: torch.nn.Module, batch: TokenBatch, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_logprobs`, and the entropy of the distribution that each token was drawn from, nats, float32 [N]."""
-    logprobs = torch.log_softmax(_chosen_logits(model, batch, temperature), -1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, batch.targets.to(logprobs.device)[:, None])[:, 0], entropy
-
-
-def _chosen_logits(model: torch.nn.Module, batch: TokenBatch, temperature: float) -> torch.Tensor:
-    """Logits that predict the response tokens, divided by the temperature, float32 [N, vocabulary]."""
-    device = next(model.parameters()).device
-    mask = batch.attention_mask.to(device)
-    if mask.dim() == 4:
-        mask = mask.to(next(model.parameters()).dtype)
-    logits = model(
-        input_ids=batch.input_ids.to(device),
-        position_ids=batch.position_ids.to(device),
-        attention_mask=mask,
-        use_cache=False,
-    ).logits
-    return logits.reshape(-1, logits.shape[-1])[batch.predict.to(device)].float() / temperature
-
-
-@dataclass(frozen=True)
-class _Tree:
-    prompt: int
-    responses: tuple[int, ...]
-    length: int
+    def inputs(self, like: torch.Tensor) -> dict[str, Any]:
+        """What the model is called with, on the device of `like`."""
+        plain = {
+            "input_ids": self.input_ids.to(like.device),
+            "position_ids": self.position_ids.to(like.device),
+            "attention_mask": self.attention_mask.to(like.device),
+        }
+        if self.trees is None:
+            return plain
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        return plain | {"trees": [tree.to(like.device, dtype) for tree in self.trees]}
 
 
 def pack(
@@ -87,78 +68,61 @@ def pack(
     >>> batch.input_ids.tolist(), batch.position_ids.tolist(), batch.predict.tolist()
     ([[5, 6, 7, 8, 9]], [[0, 1, 2, 2, 3]], [1, 1, 3])
     """
-    trees = _trees(prompts, responses, group, rows, budget)
-    if not trees:
-        return []
-    width = max(tree.length for tree in trees)
-    bins: list[list[_Tree]] = []
-    room: list[int] = []
-    for tree in sorted(trees, key=lambda t: (-t.length, t.responses)):
-        for b, free in enumerate(room):
-            if tree.length <= free:
-                bins[b].append(tree)
-                room[b] -= tree.length
-                break
-        else:
-            bins.append([tree])
-            room.append(width - tree.length)
-    per_batch = max(1, budget // width)
-    return [_lay(bins[i : i + per_batch], prompts, responses) for i in range(0, len(bins), per_batch)]
+    batches: list[list[list[int]]] = []
+    room = 0
+    for tree, length in _trees(prompts, responses, group, rows, budget):
+        if not batches or length > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(tree)
+        room -= length
+    return [_lay(trees, prompts, responses, group) for trees in batches]
 
 
 def _trees(
     prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int
-) -> list[_Tree]:
-    trees: list[_Tree] = []
+) -> list[tuple[list[int], int]]:
+    """Responses that share a prompt and its computation, and the tokens of prompt and responses."""
+    trees: list[tuple[list[int], int]] = []
     for row in rows:
-        prompt, own = int(group[row]), int(responses.lengths[row])
-        last = trees[-1] if trees else None
-        if last is not None and last.prompt == prompt and last.length + own <= budget:
-            trees[-1] = _Tree(prompt, (*last.responses, row), last.length + own)
-        else:
-            trees.append(_Tree(prompt, (row,), int(prompts.lengths[prompt]) + own))
+        own = int(responses.lengths[row])
+        if trees:
+            tree, length = trees[-1]
+            if group[tree[0]] == group[row] and length + own <= budget:
+                trees[-1] = ([*tree, row], length + own)
+                continue
+        trees.append(([row], int(prompts.lengths[group[row]]) + own))
     return trees
 
 
-def _lay(bins: list[list[_Tree]], prompts: Ragged, responses: Ragged) -> TokenBatch:
-    width = max(sum(tree.length for tree in trees) for trees in bins)
-    ids = np.zeros((len(bins), width), np.int64)
-    positions = np.zeros((len(bins), width), np.int64)
-    tree_of = np.full((len(bins), width), -1, np.int64)  # which tree a token is in
-    branch = np.zeros((len(bins), width), np.int64)  # 0: its prompt; b: its b-th response
-    predict, targets, index, response, rows, ends = [], [], [], [], [], []
-    for r, trees in enumerate(bins):
-        at = 0
-        for t, tree in enumerate(trees):
-            prompt = prompts[tree.prompt]
-            end = at + len(prompt)
-            ids[r, at:end], positions[r, at:end], tree_of[r, at : at + tree.length] = (
-                prompt,
-                np.arange(len(prompt)),
-                t,
-            )
-            last, at = end - 1, end
-            for b, row in enumerate(tree.responses, start=1):
-                own = responses[row]
-                here = np.arange(at, at + len(own))
-                ids[r, here], branch[r, here] = own, b
-                positions[r, here] = len(prompt) + np.arange(len(own))
-                predict.append(r * width + np.concatenate([[last], here[:-1]]))
-                targets.append(own)
-                index.append(np.arange(responses.offsets[row], responses.offsets[row + 1]))
-                response.append(np.full(len(own), row))
-                rows.append([row])
-                ends.append([r * width + here[-1]])
-                at += len(own)
-    same_tree = tree_of[:, :, None] == tree_of[:, None, :]
-    visible = same_tree & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None]))
-    visible &= np.tri(width, dtype=bool)
-    mask = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), torch.finfo(torch.float32).min)
+def _lay(trees: list[list[int]], prompts: Ragged, responses: Ragged, group: np.ndarray) -> TokenBatch:
+    ids, positions, predict, targets, index, response, ends = [], [], [], [], [], [], []
+    shapes = []
+    at = 0
+    for tree in trees:
+        prompt = prompts[group[tree[0]]]
+        ids.append(prompt)
+        positions.append(np.arange(len(prompt)))
+        at += len(prompt)
+        last = at - 1
+        for row in tree:
+            own = responses[row]
+            here = np.arange(at, at + len(own))
+            ids.append(own)
+            positions.append(len(prompt) + np.arange(len(own)))
+            predict.append(np.concatenate([[last], here[:-1]]))
+            targets.append(own)
+            index.append(np.arange(responses.offsets[row], responses.offsets[row + 1]))
+            response.append(np.full(len(own), row))
+            ends.append([here[-1]])
+            at += len(own)
+        shapes.append(Tree.of(len(prompt), [int(responses.lengths[row]) for row in tree]))
     return TokenBatch(
-        torch.from_numpy(ids),
-        torch.from_numpy(positions),
-        mask[:, None],
-        *[_flat(c) for c in (predict, targets, index, response, rows, ends)],
+        _flat(ids)[None],
+        _flat(positions)[None],
+        torch.zeros(1, 1, 1, 1),
+        *[_flat(c) for c in (predict, targets, index, response, trees, ends)],
+        trees=tuple(shapes),
     )
 
 
@@ -215,12 +179,15 @@ Layout = Callable[[Ragged, Ragged, np.ndarray, Sequence[int], int], list[TokenBa
 
 
 def layout(model: PreTrainedModel) -> Layout:
-    """`pack` wherever it is exact for the model, else `pad`.
+    """`pack` wherever it is exact for the model, else `pad`, saying so. The model's attention becomes ours.
 
-    A custom mask replaces a model's own, and so its sliding window: such a model is packed while every sequence fits
-    its window.
+    Trees know no sliding window: a model that has one is packed while every sequence fits it.
     """
     if not takes_packing(model, model.config.get_text_config().vocab_size):
+        log.warning(
+            "%s: its attention cannot be replaced, so prompts are not shared and rows are padded",
+            type(model).__name__,
+        )
         return pad
     window = attention_window(model.config)
     if window is None:
@@ -248,21 +215,24 @@ def attention_window(config: PretrainedConfig) -> int | None:
 
 
 @torch.no_grad()
-def takes_packing(model: torch.nn.Module, vocabulary: int, tolerance: float = 1e-2) -> bool:
-    """Whether the model gives packed tokens the log-probabilities of the plain way, tried on random tokens."""
+def takes_packing(model: Any, vocabulary: int, tolerance: float = 1e-2) -> bool:
+    """Whether the model, with our attention, gives packed tokens the log-probabilities of the plain way, tried on
+    random tokens. If not, its attention is what it was."""
     rng = np.random.default_rng(0)
     prompts = Ragged.of([rng.integers(vocabulary, size=n) for n in (5, 3)], np.int32)
     responses = Ragged.of([rng.integers(vocabulary, size=n) for n in (4, 6, 2)], np.int32)
     group = np.array([0, 0, 1])
-    found = []
-    for way in (pack, pad):
+    like = next(model.parameters())
+
+    def found(way: Layout) -> torch.Tensor:
         flat = torch.empty(len(responses.values))
         for batch in way(prompts, responses, group, [0, 1, 2], 64):
-            try:
-                flat[batch.index] = token_logprobs(model, batch).float().cpu()
-            except (ValueError, RuntimeError, TypeError):
-                if way is pad:
-                    raise
-                return False
-        found.append(flat)
-    return bool((found[0] - found[1]).abs().max() <= tolerance)
+            logits = model(**batch.inputs(like), use_cache=False).logits
+            chosen = logits.flatten(0, 1)[batch.predict.to(like.device)].float().cpu()
+            flat[batch.index] = torch.log_softmax(chosen, -1).gather(-1, batch.targets[:, None])[:, 0]
+        return flat
+
+    plain = found(pad)
+    with attention.tried(model) as trial:
+        trial.kept = trial.possible and bool((found(pack) - plain).abs().max() <= tolerance)
+    return trial.kept

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.learn.batching import TokenBatch
+from rlhf.models.attention import Tree, is_ours
 
 
 class ValueModel(torch.nn.Module):
@@ -24,10 +25,17 @@ class ValueModel(torch.nn.Module):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         predict: torch.Tensor | None = None,
+        trees: list[Tree] | None = None,
     ) -> torch.Tensor:
         """Values at the flat positions `predict`, [N], or at all, [rows * width]."""
+        assert trees is None or is_ours(self.inner)
+        given = {} if trees is None else {"trees": trees}
         states = self.inner.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **given,
         ).last_hidden_state.flatten(0, 1)
         return self.inner.score(states if predict is None else states[predict]).squeeze(-1)
 
@@ -35,15 +43,7 @@ class ValueModel(torch.nn.Module):
 def token_values(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
     """The value of the state before each response token of the batch, float32 [N]."""
     like = next(model.parameters())
-    mask = batch.attention_mask.to(like.device)
-    if mask.dim() == 4:
-        mask = mask.to(like.dtype)
-    return model(
-        input_ids=batch.input_ids.to(like.device),
-        attention_mask=mask,
-        position_ids=batch.position_ids.to(like.device),
-        predict=batch.predict.to(like.device),
-    ).float()
+    return model(**batch.inputs(like), predict=batch.predict.to(like.device)).float()
 
 
 def value_loss(

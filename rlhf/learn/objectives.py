@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from rlhf.learn.batching import Layout, TokenBatch, by_length, pack, token_logprobs
+from rlhf.learn.batching import Layout, TokenBatch, by_length
+from rlhf.learn.logprobs import token_logprobs
 from rlhf.models.reward import Classifier, score_rows
 from rlhf.types import Ragged
 
@@ -48,7 +49,7 @@ class TokenPairs:
 class Supervised:
     """Cross-entropy of the response tokens, mean over the batch's tokens. A batch: (TokenPairs, indices)."""
 
-    lay: Layout = pack
+    lay: Layout
 
     def micro_batches(
         self, batch: tuple[TokenPairs, np.ndarray], rank: int, world: int, budget: int

@@ -12,13 +12,15 @@ import torch
 
 from rlhf.config import AlgorithmConfig, ArchitectureConfig, LoraConfig
 from rlhf.learn.alignment import Aligner, ReferencePolicy
-from rlhf.learn.batching import layout
+from rlhf.learn.batching import pad as pad_rows
 from rlhf.learn.critic import ValueModel
+from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import BradleyTerry, Objective, Supervised
 from rlhf.learn.trainer import Trainer
 from rlhf.models.load import load_policy, load_tokenizer, new_policy, new_reward_model
 from rlhf.models.lora import adapter_off, with_adapter
-from rlhf.models.reward import Classifier
+from rlhf.models.precision import cast, dtype_of
+from rlhf.models.reward import Classifier, packs
 
 
 class Task(Protocol):
@@ -39,7 +41,8 @@ class SupervisedTask:
             model = new_policy(self.architecture, tokenizer, self.seed)
         else:
             model = load_policy(self.init_from, "policy.init_from")
-        return model.to(device), Supervised(layout(model.to(device)))
+        policy = PolicyModel(model.to(device))
+        return policy, Supervised(policy.lay)
 
 
 @dataclass(frozen=True)
@@ -63,26 +66,32 @@ class AlignTask:
     lora: LoraConfig | None
     penalise: bool  # whether the KL coefficient is ever above 0: else there is no reference
     max_new_tokens: int
+    dtype: str  # of the reference policy
     seed: int
 
     def start(self, device: str, trainer: Callable[[torch.nn.Module], Trainer]) -> Aligner:
         """The policy, what it is compared with and its critic, ready; `trainer` puts an engine around a model."""
         model: Any = load_policy(self.policy).to(device)
-        lay = layout(model)
         if self.lora is not None:
             model = with_adapter(model, self.lora, self.seed)
+        policy = PolicyModel(model)
+        lay = policy.lay
         reference = None
         if self.penalise and self.lora is not None:
             reference = ReferencePolicy(None, lambda: adapter_off(model))
         elif self.penalise:
-            reference = ReferencePolicy(load_policy(self.policy).to(device).requires_grad_(False))
+            frozen = PolicyModel(load_policy(self.policy).to(device).requires_grad_(False))
+            cast(frozen, dtype_of(self.dtype, device))
+            reference = ReferencePolicy(frozen)
         critic = None
         if self.settings.critic is not None:
             start = self.settings.critic.init_from or self.policy
             key = "algorithm.critic.init_from"
             pad = load_tokenizer(start, key).pad_token_id
-            critic = trainer(ValueModel(new_reward_model(start, key, self.seed, pad).to(device)))
-        return Aligner(trainer(model), reference, critic, self.settings, self.max_new_tokens, lay)
+            value = ValueModel(new_reward_model(start, key, self.seed, pad).to(device))
+            lay = policy.lay if packs(value.inner, pad) else pad_rows
+            critic = trainer(value)
+        return Aligner(trainer(policy), reference, critic, self.settings, self.max_new_tokens, lay)
 
 
 def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> np.ndarray:

@@ -8,7 +8,8 @@ collectives of ZeRO 2 and 3 must be entered by all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +20,10 @@ import torch
 from rlhf.config import DeepSpeedConfig
 from rlhf.learn.batching import TokenBatch
 from rlhf.learn.critic import ValueModel
+from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import Metrics, MicroBatch, Objective
 from rlhf.models.lora import is_adapted, merged_parameters
+from rlhf.models.precision import dtype_of
 from rlhf.models.reward import Classifier
 
 Part = TypeVar("Part")
@@ -33,12 +36,26 @@ class Weights:
 
     names: tuple[str, ...]
     offsets: np.ndarray  # int64 [parameters + 1]
-    buffer: np.ndarray  # float32 [sum of sizes]
+    buffer: np.ndarray  # float32, or the bits of bfloat16 as int16, [sum of sizes]
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Name to a flat view of the buffer."""
+    @classmethod
+    def of(cls, named: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Weights:
+        sizes = [value.numel() for value in named.values()]
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        flat = torch.empty(int(offsets[-1]), dtype=dtype)
+        for value, part in zip(named.values(), flat.split(sizes), strict=True):
+            part.copy_(value.detach().reshape(-1))
+        bits = flat.view(torch.int16) if dtype == torch.bfloat16 else flat
+        return cls(tuple(named), offsets, bits.numpy())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Name to a flat view of the buffer, to be read only."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch cannot mark a tensor as read-only, and warns
+            flat = torch.from_numpy(self.buffer)
+        flat = flat.view(torch.bfloat16) if flat.dtype == torch.int16 else flat
         spans = zip(self.names, self.offsets, self.offsets[1:], strict=False)
-        return {name: self.buffer[start:end] for name, start, end in spans}
+        return {name: flat[start:end] for name, start, end in spans}
 
 
 def deepspeed_settings(
@@ -61,7 +78,7 @@ def deepspeed_settings(
         "gradient_clipping": clip,
         "optimizer": {"type": "AdamW", "params": optimizer},
         "zero_optimization": zero,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "bf16": {"enabled": dtype_of(config.dtype, "cpu" if on_cpu else "cuda") == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -87,9 +104,8 @@ class Trainer:
             config.micro_batch_tokens,
             config.zero_stage,
         )
-        self.model: Any = (
-            model.inner if isinstance(model, Classifier | ValueModel) else model
-        )  # what is saved
+        wrapped = isinstance(model, Classifier | PolicyModel | ValueModel)
+        self.model: Any = model.inner if wrapped else model  # what is saved
         model.eval()  # without dropout: the sampler has none, and importance weights compare the two
         parameters = [p for p in model.parameters() if p.requires_grad]
         settings = deepspeed_settings(config, 1e-3, weight_decay, max_grad_norm)
@@ -182,13 +198,14 @@ class Trainer:
         return merged_parameters(self.model, full) if is_adapted(self.model) else full
 
     def weights(self) -> Weights | None:
-        """The current parameters; on the ranks other than 0, None."""
-        named = self._parameters()
-        if self.rank != 0:
-            return None
-        values = [value.numpy().reshape(-1) for value in named.values()]
-        offsets = np.cumsum([0] + [len(v) for v in values]).astype(np.int64)
-        return Weights(tuple(named), offsets, np.concatenate(values))
+        """The current parameters in the format they compute in; on the ranks other than 0, None."""
+        own = self.stage == 3 or is_adapted(self.model)
+        named = self._parameters() if own else dict(self.model.named_parameters())
+        return Weights.of(named, self._dtype) if self.rank == 0 else None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     def save(self, path: Path) -> None:
         """Writes the model, adapters merged in, as `from_pretrained` reads it; and an adapter apart, to `path`/adapter
@@ -197,9 +214,8 @@ class Trainer:
         plain = self.model.get_base_model() if adapted else self.model
         state = None
         if self.stage == 3 or adapted:
-            dtype = next(self.model.parameters()).dtype
             kept = {n: b.detach().cpu() for n, b in plain.named_buffers() if n in plain.state_dict()}
-            state = {n: p.to(dtype) for n, p in self._parameters().items()} | kept
+            state = {n: p.to(self._dtype) for n, p in self._parameters().items()} | kept
         adapter = {n: self._full(p) for n, p in self.model.named_parameters() if ".lora_" in n}
         if self.rank == 0:
             plain.save_pretrained(path, state_dict=state)
@@ -211,4 +227,4 @@ def _nothing(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:
     device = next(model.parameters()).device
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return (output if isinstance(output, torch.Tensor) else output.logits).float().sum() * 0.0, {}
+    return (output if isinstance(output, torch.Tensor) else output[0]).float().sum() * 0.0, {}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from rlhf.data.chat import ChatFormat
-from rlhf.learn.batching import attention_window, by_length, pack
+from rlhf.learn.batching import TokenBatch, attention_window, by_length, pack
+from rlhf.models import attention
+from rlhf.models.attention import Tree
 from rlhf.models.load import load_reward_model, load_tokenizer, max_positions
+from rlhf.models.precision import cast, dtype_of
 from rlhf.types import Content, Ragged
 
 Row = Sequence[int] | np.ndarray
@@ -30,7 +35,7 @@ class Classifier(torch.nn.Module):
         super().__init__()
         self.inner, self.pad = model, pad
         self.window = attention_window(model.config)
-        self.packs = _packs(self, model.config.get_text_config().vocab_size)
+        self.packs = _try_packing(self, model.config.get_text_config().vocab_size)
 
     def forward(
         self,
@@ -38,14 +43,27 @@ class Classifier(torch.nn.Module):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         last: torch.Tensor | None = None,
+        trees: list[Tree] | None = None,
     ) -> torch.Tensor:
         """Rewards: of the conversations that end at the flat positions `last`, or of each padded row."""
         if last is None:
             return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1)
+        assert trees is not None
         states = self.inner.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            trees=trees,
+            use_cache=False,
         ).last_hidden_state
-        return self.inner.score(states.flatten(0, 1)[last]).squeeze(-1)
+        head = self.inner.score
+        return head(states.flatten(0, 1)[last].to(head.weight.dtype)).squeeze(-1)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Casts the model; the head stays float32 where the body is called apart, for rewards finer than bfloat16's."""
+        cast(self.inner, dtype)
+        if self.packs:
+            self.inner.score.float()
 
 
 def score_rows(
@@ -67,13 +85,10 @@ class ScoreBatch:
     """Conversations that are scored together: `rows[i]` is the i-th score's place among all."""
 
     rows: list[int]
-    inputs: dict[str, torch.Tensor]
+    inputs: Callable[[torch.Tensor], dict[str, Any]]  # on the device of a tensor
 
     def scores(self, model: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:
-        inputs = {k: v.to(like.device) for k, v in self.inputs.items()}
-        if inputs["attention_mask"].dim() == 4:
-            inputs["attention_mask"] = inputs["attention_mask"].to(like.dtype)
-        return model(**inputs).float()
+        return model(**self.inputs(like)).float()
 
 
 def batches(classifier: Classifier, rows: Sequence[Row], budget: int) -> list[ScoreBatch]:
@@ -81,19 +96,13 @@ def batches(classifier: Classifier, rows: Sequence[Row], budget: int) -> list[Sc
     fits = classifier.window is None or max(map(len, rows), default=0) <= classifier.window
     if classifier.packs and fits:
         shared, own, group = _split(rows)
-        return [
-            ScoreBatch(
-                b.rows.tolist(),
-                {
-                    "input_ids": b.input_ids,
-                    "attention_mask": b.attention_mask,
-                    "position_ids": b.position_ids,
-                    "last": b.last,
-                },
-            )
-            for b in pack(shared, own, group, range(len(rows)), budget)
-        ]
+        packed = pack(shared, own, group, range(len(rows)), budget)
+        return [ScoreBatch(b.rows.tolist(), partial(_packed, b)) for b in packed]
     return [_padded(rows, chosen, classifier.pad) for chosen in _padded_rows(rows, classifier.pad, budget)]
+
+
+def _packed(batch: TokenBatch, like: torch.Tensor) -> dict[str, Any]:
+    return batch.inputs(like) | {"last": batch.last.to(like.device)}
 
 
 def _padded_rows(rows: Sequence[Row], pad: int | None, budget: int) -> list[list[int]]:
@@ -108,7 +117,9 @@ def _padded(rows: Sequence[Row], chosen: list[int], pad: int | None) -> ScoreBat
     for n, i in enumerate(chosen):
         ids[n, : len(rows[i])] = torch.as_tensor(np.asarray(rows[i], np.int64))
         mask[n, : len(rows[i])] = 1
-    return ScoreBatch(chosen, {"input_ids": ids, "attention_mask": mask})
+    return ScoreBatch(
+        chosen, lambda like: {"input_ids": ids.to(like.device), "attention_mask": mask.to(like.device)}
+    )
 
 
 def _split(rows: Sequence[Row]) -> tuple[Ragged, Ragged, np.ndarray]:
@@ -133,8 +144,13 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else n
 
 
+def packs(model: PreTrainedModel, pad: int | None) -> bool:
+    """Whether the classifier takes packed conversations; its attention is then ours."""
+    return Classifier(model, pad).packs
+
+
 @torch.no_grad()
-def _packs(classifier: Classifier, vocabulary: int, tolerance: float = 1e-3) -> bool:
+def _try_packing(classifier: Classifier, vocabulary: int, tolerance: float = 1e-3) -> bool:
     """Whether packed conversations get the rewards of single ones, tried on random tokens."""
     if not hasattr(classifier.inner, "score"):
         return False
@@ -149,13 +165,15 @@ def _packs(classifier: Classifier, vocabulary: int, tolerance: float = 1e-3) -> 
     try:
         single = [_padded(rows, [i], classifier.pad) for i in range(len(rows))]
         plain = torch.cat([one.scores(classifier, head) for one in single])
-        classifier.packs = True
-        packed = score_rows(classifier, classifier, rows, 64)
-    except (ValueError, RuntimeError, TypeError, AttributeError):
-        return False
+        with attention.tried(classifier.inner) as trial:
+            classifier.packs = trial.possible
+            packed = score_rows(classifier, classifier, rows, 64)
+            trial.kept = trial.possible and bool(
+                (packed - plain).abs().max() <= tolerance * plain.abs().max()
+            )
     finally:
         head.copy_(kept)
-    return bool((packed - plain).abs().max() <= tolerance * plain.abs().max())
+    return trial.kept
 
 
 class RewardScorer:
@@ -165,12 +183,19 @@ class RewardScorer:
     """
 
     def __init__(
-        self, name: str, path: str, template: str | None = None, budget: int = 8192, device: str = "cpu"
+        self,
+        name: str,
+        path: str,
+        template: str | None = None,
+        budget: int = 8192,
+        device: str = "cpu",
+        dtype: str = "float32",
     ) -> None:
         key = f"reward_models.{name}.path"
         self.name, self.budget, self.device = name, budget, device
         model = load_reward_model(path, key).to(device)
         self.classifier = Classifier(model, model.config.pad_token_id)
+        self.classifier.compute_in(dtype_of(dtype, device))
         self.format = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", template)
         self.limit = max_positions(model.config)
 

@@ -58,10 +58,10 @@ def test_training_equals_plain_pytorch(cluster, policy_folder, expected, tmp_pat
     assert load_policy(start).config.attention_dropout == 0.5
     group.load(SupervisedTask(start, ARCHITECTURE, start, 0), TRAINING.weight_decay)
     steps = group.fit(ray.put(data()), TRAINING, 3, 0, TRAINING.steps)
-    weights = ray.get(group.weights()).arrays()
+    weights = ray.get(group.weights()).tensors()
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(weights[name], value.ravel(), atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(weights[name].numpy(), value.ravel(), atol=2e-4, err_msg=name)
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert all(np.isfinite(step["grad_norm"]) for step in steps)
     group.save(tmp_path)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from rlhf.config import AlgorithmConfig, CriticConfig, LoraConfig
 from rlhf.data.chat import ChatFormat
@@ -16,8 +17,10 @@ from rlhf.learn.alignment import Aligner, ReferencePolicy
 from rlhf.learn.batching import pack, pad
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.kl import AdaptiveKL
+from rlhf.learn.logprobs import PolicyModel
 from rlhf.models.load import load_policy, load_tokenizer, new_reward_model
 from rlhf.models.lora import adapter_off, merged_parameters, with_adapter
+from rlhf.models.reward import packs
 from rlhf.types import Experience, Rewards, WorkItem
 from tests.tiny import save_policy
 
@@ -54,7 +57,8 @@ class Rank:
     """
 
     def __init__(self, model, rank=0, world=1, budget=4096):
-        self.model, self.rank, self.world, self.budget = model, rank, world, budget
+        self.model = PolicyModel(model) if isinstance(model, PreTrainedModel) else model
+        self.rank, self.world, self.budget = rank, world, budget
 
     def update(self, parts, learning_rate):
         metrics = {"grad_norm": 0.0}
@@ -77,7 +81,9 @@ class Rank:
 def step(model, reference, algorithm, experiences, kl_coef, world=1, budget=4096, packing=True, critic=None):
     """Loss, flat gradient and summed metrics of one batch, over all ranks."""
     model.zero_grad()
-    held = None if reference is None else ReferencePolicy(reference)
+    held = None if reference is None else ReferencePolicy(PolicyModel(reference))
+    if critic is not None:
+        assert packs(critic.inner, 0)
     totals = {}
     for rank in range(world):
         value = None if critic is None else Rank(critic, rank, world, budget)

@@ -1,5 +1,7 @@
 """Packed batches against the plain way and against a model called on one sequence at a time."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,15 @@ from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GemmaConfig,
     GPT2Config,
+    LlamaForCausalLM,
     MistralConfig,
     Qwen3Config,
 )
 
-from rlhf.learn.batching import attention_window, by_length, layout, pack, pad, takes_packing, token_logprobs
+from rlhf.learn.batching import attention_window, by_length, pack, pad, takes_packing
+from rlhf.learn.logprobs import PolicyModel, token_logprobs
 from rlhf.models.load import load_policy
 from rlhf.types import Ragged
 from tests.tiny import config
@@ -51,14 +56,30 @@ def one_by_one(
 @pytest.mark.parametrize("budget", [1, 40, 4096])
 @torch.no_grad()
 def test_equals_the_model_on_single_sequences(policy_folder, way, budget):
-    model = load_policy(str(policy_folder))
+    model = PolicyModel(load_policy(str(policy_folder)))
     rng = np.random.default_rng(0)
     prompts, group = ragged(rng, [4, 1, 7]), np.array([0, 0, 0, 1, 1, 2])
     responses = ragged(rng, [3, 1, 9, 5, 2, 6])
     flat = np.full(len(responses.values), np.nan, np.float32)
     for batch in way(prompts, responses, group, range(6), budget):
         flat[batch.index.numpy()] = token_logprobs(model, batch, 0.7).numpy()
-    np.testing.assert_allclose(flat, one_by_one(model, prompts, responses, group, 0.7), atol=2e-5)
+    np.testing.assert_allclose(flat, one_by_one(model.inner, prompts, responses, group, 0.7), atol=2e-5)
+
+
+def seen_from(batch, position: int) -> torch.Tensor:
+    """Places of the flat sequence that a token attends to, by the batch's trees."""
+    start = 0
+    for tree in batch.trees:
+        prompt = torch.arange(start, start + tree.prompt)
+        if position < start + tree.prompt:
+            return prompt[: position - start + 1]
+        start += tree.prompt
+        for block, mask in zip(tree.blocks, tree.masks, strict=True):
+            if position < start + block:
+                keys = torch.cat([prompt, torch.arange(start, start + block)])
+                return keys[mask[position - start] == 0]
+            start += block
+    raise AssertionError(position)
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,15 +99,13 @@ def test_every_response_token_is_predicted_once_from_its_own_past(shape, budget)
     group = np.repeat(np.arange(len(shape)), [len(own) for _, own in shape])
     seen = np.zeros(len(responses.values), int)
     for batch in pack(prompts, responses, group, range(len(group)), budget):
-        width = batch.input_ids.shape[1]
         for n, position in enumerate(batch.predict.tolist()):
-            row, column = divmod(position, width)
-            visible = batch.attention_mask[row, 0, column] == 0
+            visible = seen_from(batch, position)
             b = int(batch.response[n])
             t = int(batch.index[n]) - int(responses.offsets[b])
             past = np.concatenate([prompts[group[b]], responses[b][:t]])
-            order = batch.position_ids[row][visible].argsort()
-            assert batch.input_ids[row][visible][order].tolist() == past.tolist()
+            order = batch.position_ids[0][visible].argsort()
+            assert batch.input_ids[0][visible][order].tolist() == past.tolist()
             assert batch.targets[n] == responses[b][t]
             seen[int(batch.index[n])] += 1
     assert (seen == 1).all()
@@ -103,6 +122,7 @@ def test_prompts_are_shared_and_rows_filled():
     [
         MistralConfig(**SMALL),
         Qwen3Config(**SMALL),
+        GemmaConfig(**SMALL),
         Gemma2Config(**SMALL, attn_implementation="eager"),
         GPT2Config(vocab_size=30, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3),
     ],
@@ -131,34 +151,32 @@ def test_layout_is_exact_within_and_beyond_a_sliding_window(model_config, window
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config).eval()
     assert attention_window(model.config) == window
-    lay, rng, group = layout(model), np.random.default_rng(0), np.array([0, 0, 1])
+    plain = copy.deepcopy(model)
+    policy = PolicyModel(model)
+    lay, rng, group = policy.lay, np.random.default_rng(0), np.array([0, 0, 1])
     for lengths in ([3, 2, 4], [20, 9, 25]):
         prompts, responses = ragged(rng, [4, 2], 30), ragged(rng, lengths, 30)
         flat = np.full(len(responses.values), np.nan, np.float32)
         batches = lay(prompts, responses, group, range(3), 4096)
         for batch in batches:
-            flat[batch.index.numpy()] = token_logprobs(model, batch).numpy()
-        np.testing.assert_allclose(flat, one_by_one(model, prompts, responses, group, 1.0), atol=1e-4)
-        packed = batches[0].attention_mask.dim() == 4
+            flat[batch.index.numpy()] = token_logprobs(policy, batch).numpy()
+        np.testing.assert_allclose(flat, one_by_one(plain, prompts, responses, group, 1.0), atol=1e-4)
+        packed = batches[0].trees is not None
         assert packed == (window is None or max(lengths) + 4 <= window)
 
 
-class Deaf(torch.nn.Module):
-    """A model that ignores the mask it is given."""
+class Deaf(LlamaForCausalLM):
+    """A model that sees all that is before a token, whatever it is told."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        from transformers import LlamaForCausalLM
-
-        torch.manual_seed(0)
-        self.inner = LlamaForCausalLM(config(30)).eval()
-
-    def forward(self, input_ids, attention_mask, **_):
-        return self.inner(input_ids=input_ids)
+    def forward(self, input_ids, **_):
+        return super().forward(input_ids=input_ids)
 
 
-def test_a_model_that_ignores_the_mask_is_found_out():
-    assert not takes_packing(Deaf(), 30)
+def test_a_model_that_ignores_the_trees_is_found_out():
+    torch.manual_seed(0)
+    model = Deaf(config(30)).eval()
+    assert not takes_packing(model, 30)
+    assert model.config._attn_implementation == "sdpa"  # as it was
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))

@@ -80,7 +80,7 @@ def test_draw_inverts_the_distribution_function():
 def test_new_weights_change_the_samples_and_the_version(engine, policy_folder):
     item = WorkItem(0, PROMPTS, samples=2, seed=1)
     before = engine.generate(item)
-    weights = {n: np.zeros(p.numel(), np.float32) for n, p in engine.model.named_parameters()}
+    weights = {n: torch.zeros(p.numel()) for n, p in engine.model.named_parameters()}
     engine.set_weights(weights, 4)
     after = engine.generate(item)
     assert (before.version, after.version) == (0, 4)

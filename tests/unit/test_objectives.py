@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import (
     BradleyTerry,
     PreferencePairs,
@@ -42,7 +43,8 @@ def test_supervised_equals_transformers_own_loss(policy_folder, world):
     prompts = Ragged.of([rng.integers(2, 20, size=n) for n in (3, 6, 2, 4)], np.int32)
     responses = Ragged.of([rng.integers(2, 20, size=n) for n in (5, 1, 7, 3)], np.int32)
     chosen = np.array([3, 0, 2])
-    loss, gradient, _ = gradients(model, Supervised(), (TokenPairs(prompts, responses), chosen), world, 30)
+    policy, batch = PolicyModel(model), (TokenPairs(prompts, responses), chosen)
+    loss, gradient, _ = gradients(policy, Supervised(policy.lay), batch, world, 30)
     model.zero_grad()
     tokens = responses.lengths[chosen].sum()
     expected = 0.0

@@ -1,0 +1,93 @@
+"""Our side of the side-by-side benchmark: the align stage with the real actors. Prints one JSON line.
+
+    python -m benchmarks.ours W2 FOLDER [OVERRIDE ...]        FOLDER: where benchmarks.workloads.make wrote
+
+Overrides are Hydra's, after those of the workload.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.workloads import KL_COEF, PER_STEP, PROMPTS, SAMPLES, WORKLOADS
+from rlhf.config import Config
+from rlhf.config_checks import typed
+from rlhf.logs import read_metrics
+
+WARM_UP = 2  # steps left out: first calls of everything
+
+
+def configure(workload: str, world: Path, output: Path, steps: int, overrides: Sequence[str]) -> Config:
+    from hydra import compose, initialize_config_module
+
+    given = [
+        "data=files",
+        f"data.prompts={world / 'prompts.jsonl'}",
+        f"data.eval_prompts={world / 'eval.jsonl'}",
+        f"data.train_size={PROMPTS}",
+        f"policy.path={world / 'policy'}",
+        "~reward_models.helpful",
+        "~reward_models.harmless",
+        *(
+            f"+reward_models.{name}={{path: {world / name}, init_from: null, preferences: null, chat_template: null, "
+            "training: null, weight: 1.0, reference: constant, canned: [], constant: 0.0, column: null}"
+            for name in ("rm0", "rm1")
+        ),
+        "stages=[baseline,align]",
+        f"output_dir={output}",
+        "baseline.samples=1",
+        f"rollout.max_new_tokens={WORKLOADS[workload].new}",
+        f"rollout.prompts_per_item={PER_STEP // 2}",
+        f"align.steps={steps + WARM_UP}",
+        f"align.prompts_per_step={PER_STEP}",
+        f"align.samples_per_prompt={SAMPLES}",
+        f"align.kl_coef={KL_COEF}",
+        "align.learning_rate=0.0",
+        "logging={live: 'off', tensorboard: false}",
+    ]
+    with initialize_config_module("conf", version_base=None):
+        return typed(compose("config", overrides=[*given, *overrides]))
+
+
+def measure(workload: str, world: Path, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
+    from actors.artifacts import Artifacts
+    from actors.job import run
+    from actors.preflight import preflight
+    from actors.session import Session
+    from rlhf.store import Store
+
+    session = Session()
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary)
+        config = configure(workload, world, output, steps, overrides)
+        try:
+            run(config, output / "run", "", session)
+        finally:
+            session.stop()
+        store = Store(output / "store")
+        metrics = read_metrics(Artifacts(config, preflight(config, store), store).align_path)[WARM_UP:]
+    seconds = [m["seconds"] for m in metrics]
+    samples = PER_STEP * SAMPLES
+    keys = [k for k in metrics[0] if k.startswith(("seconds/", "sampler_gap", "share/"))]
+    return {
+        "step_s": [round(s, 4) for s in seconds],
+        "samples_per_s": samples / statistics.median(seconds),
+        "response_tokens": statistics.fmean(m["response_tokens"] for m in metrics),
+        "means": {k: round(statistics.fmean(m[k] for m in metrics), 4) for k in keys},
+        "overrides": list(overrides),
+    }
+
+
+def main() -> None:
+    workload, world, *overrides = sys.argv[1:]
+    print(json.dumps(measure(workload, Path(world), 8, overrides)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Log-probabilities of response tokens, without ever holding the logits of all of them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from rlhf.learn.batching import Layout, TokenBatch, layout
+from rlhf.models.attention import Tree, is_ours
+
+CHUNK = 2**24
+"""Logits held at a time, float32: 64 MiB."""
+
+log = logging.getLogger(__name__)
+
+
+class PolicyModel(torch.nn.Module):
+    """A causal language model, called for the log-probabilities of the response tokens of a `TokenBatch`.
+
+    The head is applied to the states that predict a response token, `CHUNK` logits at a time; more than one chunk is
+    computed again in the backward pass. A model whose logits are not its head's (`by_chunks` is False) is called
+    for all logits.
+
+    `lay` makes its batches. Its attention becomes ours, if it can.
+
+    Args:
+        inner: any transformers causal model, or a peft model around one.
+    """
+
+    def __init__(self, inner: Any, chunk: int = CHUNK) -> None:
+        super().__init__()
+        self.inner, self.chunk = inner, chunk
+        plain = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        config = getattr(plain, "config", None)
+        text = config.get_text_config() if config is not None else None
+        self._cap = getattr(text, "final_logit_softcapping", None)
+        self.lay: Layout = layout(plain)
+        self.by_chunks = self._head_makes_the_logits()
+        if not self.by_chunks:
+            log.warning("%s: its logits are not its output layer's, so all are held", type(plain).__name__)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        predict: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        trees: list[Tree] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities float32 [N] of `targets` int64 [N] at the flat positions `predict` int64 [N], at the
+        sampling temperature; and, if asked for, the entropies of their distributions, nats, float32 [N]."""
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        if trees is not None:
+            assert is_ours(self._plain)
+            inputs["trees"] = trees
+        if predict is None or targets is None:
+            predict = targets = input_ids.new_zeros(1)
+        rows = self._states(inputs) if self.by_chunks else self.inner(**inputs, use_cache=False).logits
+        rows = rows.flatten(0, 1)[predict]
+        if not self.by_chunks:
+            return _of_logits(rows, targets, temperature, entropy)
+        width = self._head.weight.shape[0]
+        size = max(1, self.chunk // width)
+        if len(rows) <= size:
+            return self._part(rows, targets, temperature, entropy)
+        again = torch.is_grad_enabled()
+        parts = [
+            checkpoint(self._part, r, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
+            if again
+            else self._part(r, t, temperature, entropy)
+            for r, t in zip(rows.split(size), targets.split(size), strict=True)
+        ]
+        logprobs = torch.cat([a for a, _ in parts])
+        return logprobs, torch.cat([b for _, b in parts]) if entropy else None
+
+    @property
+    def _plain(self) -> Any:
+        return self.inner.get_base_model() if hasattr(self.inner, "get_base_model") else self.inner
+
+    @property
+    def _head(self) -> Any:
+        return self._plain.get_output_embeddings()
+
+    def _states(self, inputs: dict[str, Any]) -> torch.Tensor:
+        return self._plain.base_model(**inputs, use_cache=False).last_hidden_state
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        logits = self._head(states).float()
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+
+    def _part(
+        self, states: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _of_logits(self._logits(states), targets, temperature, entropy)
+
+    @torch.no_grad()
+    def _head_makes_the_logits(self, tolerance: float = 1e-4) -> bool:
+        """Whether head and states give the model's own logits, tried on a few tokens."""
+        if not hasattr(self._plain, "get_output_embeddings") or self._head is None:
+            return False
+        like = self._head.weight
+        ids = torch.arange(4, device=like.device)[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        try:
+            own = self._logits(self._states(inputs))
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+        whole = self.inner(**inputs, use_cache=False).logits.float()
+        if own.shape != whole.shape:
+            return False
+        return bool((own - whole).abs().max() <= tolerance * whole.abs().max().clamp_min(1.0))
+
+
+def _of_logits(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    logits = logits.float() / temperature
+    if not entropy:
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none"), None
+    every = torch.log_softmax(logits, -1)
+    return every.gather(-1, targets[:, None])[:, 0], -(every.exp() * every).sum(-1)
+
+
+def token_logprobs(model: torch.nn.Module, batch: TokenBatch, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of the batch's response tokens, float32 [N], at the sampling temperature.
+
+    `model` is a `PolicyModel` or an engine around one.
+    """
+    return _call(model, batch, temperature, False)[0]
+
+
+def token_logprobs_and_entropy(
+    model: torch.nn.Module, batch: TokenBatch, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_logprobs`, and the entropy of the distribution that each token was drawn from, nats, float32 [N]."""
+    logprobs, entropy = _call(model, batch, temperature, True)
+    assert entropy is not None
+    return logprobs, entropy
+
+
+def _call(
+    model: torch.nn.Module, batch: TokenBatch, temperature: float, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    like = next(model.parameters())
+    return model(
+        **batch.inputs(like),
+        predict=batch.predict.to(like.device),
+        targets=batch.targets.to(like.device),
+        temperature=temperature,
+        entropy=entropy,
+    )

@@ -1,0 +1,35 @@
+"""The number format that models compute in. Log-probabilities, utilities and master weights are float32 always."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(name: str, device: str) -> torch.dtype:
+    """The format called `name`; "auto" is bfloat16 where the device multiplies it faster than float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    found = torch.backends.cpu.get_cpu_capability()
+    fast = found.startswith("AVX512") and _has("avx512_bf16", "amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _has(*flags: str) -> bool:
+    """Whether the processor names one of these instruction sets."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            line = next((line for line in file if line.startswith("flags")), "")
+    except OSError:  # no Linux
+        return False
+    return not set(flags).isdisjoint(line.split())
+
+
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in `dtype`. Buffers stay as they are: rotary frequencies rounded to bfloat16 misplace far tokens."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
