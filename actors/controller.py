@@ -104,8 +104,13 @@ class Controller:
         return ray.wait(pending, timeout=1.0)[0] if pending else []
 
     def _dispatch(self) -> None:
-        idle = self._generators.idle()
-        for item, worker in zip(self._ledger.waiting(), idle, strict=False):
+        """One item at a time for a generator on-policy, where a sample must not depend on what else is under way; all
+        there are otherwise, so that they fill each other's gaps."""
+        depth = 1 if self._config.staleness == 0 else self._ledger.capacity
+        for item in self._ledger.waiting():
+            worker = self._generators.free(depth)
+            if worker is None:
+                return
             self._generators.submit(self._work(item), worker)
             self._ledger.sampling(item, worker)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Generator:
 
         self._rollout, self._template, self._role = rollout, chat_template, role
         self._engine: Engine | None = None
+        self._work: asyncio.Task | None = None
+        self._results: dict[int, asyncio.Future[Rollouts]] = {}  # by the engine's ticket
 
     def ping(self) -> str:
         return "pong"
@@ -46,12 +49,16 @@ class Generator:
         """What `FaultTolerantActorManager` calls."""
         return func(self, *args, **kwargs)
 
-    def load(self, policy: str) -> None:
+    async def load(self, policy: str) -> None:
         """Takes the weights of a saved policy, as version 0."""
         from rlhf.data.chat import ChatFormat
         from rlhf.generate.transformers_engine import TransformersEngine
         from rlhf.models.load import load_policy, load_tokenizer
 
+        if self._work is not None:  # of a stage that an error ended
+            self._work.cancel()
+            self._results.clear()
+        set_threads(self._role.cpus)  # of the thread that samples
         chat = ChatFormat(load_tokenizer(policy, "policy.path"), "policy", self._template)
         device = "cuda" if self._role.gpus > 0 else "cpu"
         self._engine = TransformersEngine(
@@ -59,21 +66,27 @@ class Generator:
             chat,
             self._rollout.max_new_tokens,
             self._rollout.temperature,
+            self._rollout.slots,
             device=device,
             dtype=self._rollout.dtype,
         )
 
-    def set_weights(self, weights: Any, version: int) -> None:
+    async def set_weights(self, weights: Any, version: int) -> None:
         """Takes published weights; nothing, if this process was restarted and has no policy yet."""
         if self._engine is None:
             return
         self._engine.set_weights(weights.tensors(), version)
 
-    def generate(self, item: WorkItem) -> tuple[Rollouts, Summary] | tuple[None, None]:
-        """Samples a work item; nothing, if this process was restarted and has no policy yet."""
+    async def generate(self, item: WorkItem) -> tuple[Rollouts, Summary] | tuple[None, None]:
+        """Samples a work item, beside others that are under way; nothing, if this process was restarted and has no
+        policy yet."""
         if self._engine is None:
             return None, None
-        rollouts = self._engine.generate(item)
+        ticket = self._engine.submit(item)
+        self._results[ticket] = asyncio.get_running_loop().create_future()
+        if self._work is None or self._work.done():
+            self._work = asyncio.create_task(self._advance(self._engine))
+        rollouts = await self._results[ticket]
         return rollouts, Summary(
             item.id,
             rollouts.version,
@@ -83,7 +96,20 @@ class Generator:
             rollouts.seconds,
         )
 
-    def logprobs(self, rollouts: Rollouts) -> np.ndarray:
+    async def _advance(self, engine: Engine) -> None:
+        """Samples until nothing is left; between tokens, calls that have come are heard."""
+        try:
+            while engine.busy:
+                for ticket, rollouts in engine.advance():
+                    self._results.pop(ticket).set_result(rollouts)
+                await asyncio.sleep(0)
+        except Exception as error:
+            self._engine = None  # its state is unknown; `load` makes a new one
+            for result in self._results.values():
+                result.set_exception(error)
+            self._results.clear()
+
+    async def logprobs(self, rollouts: Rollouts) -> np.ndarray:
         assert self._engine is not None
         return self._engine.logprobs(rollouts)
 
@@ -110,7 +136,6 @@ class GeneratorPool:
         actor = ray.remote(Generator).options(max_restarts=-1, max_task_retries=0, **actor_options(role))
         self._actors = [actor.remote(rollout, chat_template, role) for _ in range(role.count)]
         self._manager = FaultTolerantActorManager(self._actors)
-        self._busy: dict[int, ray.ObjectRef] = {}
         self._work: dict[ray.ObjectRef, tuple[int, WorkItem, ray.ObjectRef]] = {}
         self._policy: str | None = None
         self._weights: tuple[ray.ObjectRef, int] | None = None
@@ -131,20 +156,23 @@ class GeneratorPool:
     def pending(self) -> list[ray.ObjectRef]:
         return list(self._work)
 
-    def idle(self) -> list[int]:
-        return [i for i in self._manager.healthy_actor_ids() if i not in self._busy]
+    def free(self, depth: int) -> int | None:
+        """The healthy generator with the fewest work items, if it has less than `depth`."""
+        load = dict.fromkeys(self._manager.healthy_actor_ids(), 0)
+        for worker, _, _ in self._work.values():
+            if worker in load:
+                load[worker] += 1
+        worker = min(load, key=lambda i: (load[i], i), default=None)
+        return worker if worker is not None and load[worker] < depth else None
 
     def submit(self, item: WorkItem, worker: int) -> None:
         generate = self._actors[worker].generate.options(num_returns=2)
         rollouts, summary = generate.remote(item)
-        self._busy[worker] = summary
         self._work[summary] = (worker, item, rollouts)
 
     def finish(self, ref: ray.ObjectRef) -> tuple[int, WorkItem, Sampled | None]:
         """The outcome of a ready reference: worker, item, and its rollouts, or None if the generator died."""
         worker, item, rollouts = self._work.pop(ref)
-        if self._busy.get(worker) == ref:
-            del self._busy[worker]
         try:
             summary = ray.get(ref)
         except RayTaskError:  # the generator's own error is the user's to see
@@ -184,9 +212,8 @@ class GeneratorPool:
         waiting = deque(items)
         left = len(items)
         while left:
-            for worker in self.idle():
-                if waiting:
-                    self.submit(waiting.popleft(), worker)
+            while waiting and (worker := self.free(depth=1)) is not None:
+                self.submit(waiting.popleft(), worker)
             for ref in ray.wait(self.pending, timeout=1.0)[0] if self.pending else []:
                 _, item, sampled = self.finish(ref)
                 if item not in items:  # of an earlier call that an error or a dead generator cut short

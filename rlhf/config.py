@@ -148,6 +148,7 @@ class RolloutConfig:
     dtype: str  # of the generators
     max_new_tokens: int
     temperature: float
+    slots: int  # responses that one generator samples at a time, at most
     prompts_per_item: int  # prompts in one work item: what one generator samples at a time
 
 

@@ -94,6 +94,7 @@ def _check_numbers(config: Config) -> None:
         "evaluate.judge_samples": config.evaluate.judge_samples,
         "rollout.max_new_tokens": config.rollout.max_new_tokens,
         "rollout.temperature": config.rollout.temperature,
+        "rollout.slots": config.rollout.slots,
         "rollout.prompts_per_item": config.rollout.prompts_per_item,
         "data.eval_size": config.data.eval_size,
         "deepspeed.micro_batch_tokens": config.deepspeed.micro_batch_tokens,

@@ -59,6 +59,11 @@ class Ledger:
     def done(self) -> bool:
         return self.version == self.batches
 
+    @property
+    def capacity(self) -> int:
+        """Items that are held at any time, at most."""
+        return (self.staleness + 1) * self.size
+
     def admit(self) -> list[int]:
         """Ids that may be sampled from now on."""
         new: list[int] = []
@@ -67,7 +72,7 @@ class Ledger:
             self._admitted += 1
         for item in new:
             self._items[item] = _Entry(State.WAITING, None, self._clock())
-        assert len(self._items) <= (self.staleness + 1) * self.size
+        assert len(self._items) <= self.capacity
         return new
 
     def waiting(self) -> list[int]:

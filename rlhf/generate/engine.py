@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from rlhf.types import Rollouts, WorkItem
 
@@ -15,11 +16,22 @@ class Engine(Protocol):
 
     version: int
 
-    def set_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
-        """Replaces the policy's parameters (all of them, by name) and takes on their version."""
+    def set_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Replaces the policy's parameters (all of them, by name) and takes on their version. Responses under way
+        go on with them; their rollouts keep the version of their first token."""
 
     def generate(self, item: WorkItem) -> Rollouts:
         """Samples a work item. The same item and weights give the same rollouts."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a work item is under way."""
+
+    def submit(self, item: WorkItem) -> int:
+        """Takes a work item on beside those under way; its ticket."""
+
+    def advance(self) -> list[tuple[int, Rollouts]]:
+        """Goes on with the work; what is finished, by ticket."""
 
     def logprobs(self, rollouts: Rollouts) -> np.ndarray:
         """Log-probabilities of the rollouts' response tokens under the current weights, float32 [T]."""

@@ -1,67 +1,133 @@
 """Sampling from any Hugging Face causal model, on CPU or GPU.
 
-Each prompt is computed once and its key-value cache repeated for its samples; a finished response leaves the
-batch; the log-probability of each token is kept as it is drawn. One random number for each response and step, drawn
-for all responses of the item whether they are finished or not, makes a sample independent of the others' lengths.
+Each prompt is computed once for all its samples. Up to `slots` responses are sampled at a time; one that has ended
+leaves, and another takes its place, of the same work item or of the next. The log-probability of each token is kept as
+it is drawn. One random number for each response of an item and step makes a sample independent of the others' lengths.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.data.chat import ChatFormat
+from rlhf.generate.decoding import PlainCache, RowCache, SharedCache
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
+from rlhf.models.attention import is_ours
 from rlhf.models.load import end_tokens, max_positions
 from rlhf.models.precision import cast, dtype_of
 from rlhf.types import Ragged, Rollouts, WorkItem, prompt_id
 
-COMPACT_SHARE = 0.75  # the batch is compacted when no more than this share of its rows is alive
+COMPACT_SHARE = 0.75  # rows are rearranged when no more than this share of the slots, or of the rows, is alive
 
 
 @dataclass
-class _Drawn:
-    """Responses so far: B rows, filled step by step for the rows still alive."""
+class _Job:
+    """A work item being sampled: B rows of at most N tokens."""
 
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    finished: np.ndarray
-    alive: torch.Tensor = field(init=False)  # int64: which rows the model's batch holds
+    ticket: int
+    item: WorkItem
+    prompts: list[list[int]]
+    version: int  # of the weights that its first token was sampled from
+    tokens: np.ndarray  # int32 [B, N]
+    logprobs: np.ndarray  # float32 [B, N]
+    lengths: np.ndarray  # int64 [B]
+    finished: np.ndarray  # bool [B]
+    random: torch.Generator
+    left: int
+    started: float = field(default_factory=time.perf_counter)
+    drawn: list[np.ndarray] = field(default_factory=list)  # of each step, float64 [B]
 
-    def __post_init__(self) -> None:
-        self.alive = torch.arange(len(self.tokens))
+    @classmethod
+    def of(cls, ticket: int, item: WorkItem, prompts: list[list[int]], most: int) -> _Job:
+        rows = len(prompts) * item.samples
+        return cls(
+            ticket,
+            item,
+            prompts,
+            0,
+            np.zeros((rows, most), np.int32),
+            np.zeros((rows, most), np.float32),
+            np.zeros(rows, np.int64),
+            np.zeros(rows, bool),
+            torch.Generator().manual_seed(item.seed),
+            rows,
+        )
+
+    def uniform(self, rows: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """The random numbers of rows at their own steps, float64 within [0, 1)."""
+        while len(self.drawn) <= steps.max():
+            numbers = torch.rand(len(self.lengths), generator=self.random, dtype=torch.float64)
+            self.drawn.append(numbers.numpy())
+        return np.array([self.drawn[s][r] for s, r in zip(steps, rows, strict=True)])
+
+
+@dataclass
+class _Prompt:
+    """A prompt of a job with responses still to start."""
+
+    job: _Job
+    index: int
+    first: int  # response to start next, of the prompt's own
+    handle: int | None = None  # in the cache, once computed
+    logits: torch.Tensor | None = None  # of the first token, [V]
+    alive: int = 0  # rows of it
+
+
+@dataclass
+class _Rows:
+    """The responses in the cache, in its order."""
+
+    prompts: list[_Prompt]
+    index: np.ndarray  # int64 [R], the response of its job
+    logits: torch.Tensor  # float32 [R, V], of the next token
+
+    def __len__(self) -> int:
+        return len(self.prompts)
 
 
 class TransformersEngine:
+    """`submit` work items and `advance` until they are returned; or `generate` one."""
+
     def __init__(
         self,
         model: PreTrainedModel,
         chat: ChatFormat,
         max_new_tokens: int,
         temperature: float,
+        slots: int = 128,
         budget: int = 4096,
         device: str = "cpu",
         dtype: str = "float32",
     ) -> None:
         self.model, self.chat, self.device, self.budget = model.to(device).eval(), chat, device, budget
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.max_new_tokens, self.temperature, self.slots = max_new_tokens, temperature, slots
         self.ends = end_tokens(model) | set(chat.end_tokens())
         if not self.ends:
             raise ValueError(
                 "policy: neither its generation config nor its tokenizer says how a response ends"
             )
+        self._ends = np.array(sorted(self.ends))
         self.limit = max_positions(model.config)
-        self.version = 0
+        self.version = self._tickets = 0
         self._policy = PolicyModel(model)
         cast(model, dtype_of(dtype, device))
+        self._cache: RowCache = (
+            SharedCache(model, slots, max_new_tokens, budget) if is_ours(model) else PlainCache(model)
+        )
+        self._waiting: deque[_Prompt] = deque()
+        self._rows: _Rows | None = None
+        self._done: list[_Job] = []
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Responses under way go on with the new weights; their version stays that of their first token."""
         parameters = dict(self.model.named_parameters())
         if parameters.keys() != weights.keys():
             raise ValueError(
@@ -71,26 +137,164 @@ class TransformersEngine:
             parameter.copy_(weights[name].view(parameter.shape))
         self.version = version
 
-    @torch.inference_mode()
     def generate(self, item: WorkItem) -> Rollouts:
-        started = time.perf_counter()
+        assert not self.busy
+        self.submit(item)
+        while True:
+            done = self.advance()
+            if done:
+                return done[0][1]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting) or self._rows is not None
+
+    def submit(self, item: WorkItem) -> int:
+        """Takes a work item on, after those there are; the ticket under which `advance` returns it."""
         prompts = [self._prompt_tokens(content) for content in item.prompts]
-        drawn = self._sample(prompts, item)
-        group = np.repeat(np.arange(item.groups, dtype=np.int32), item.samples)
+        self._tickets += 1
+        job = _Job.of(self._tickets, item, prompts, self.max_new_tokens)
+        self._waiting.extend(_Prompt(job, i, 0) for i in range(len(prompts)))
+        return job.ticket
+
+    @torch.inference_mode()
+    def advance(self) -> list[tuple[int, Rollouts]]:
+        """Samples a token of every response in the batch; the work items that this ends, by their tickets."""
+        self._arrange()
+        rows = self._rows
+        assert rows is not None
+        uniform, steps = self._uniform(rows)
+        tokens, logprobs = draw(rows.logits / self.temperature, uniform)
+        going = self._record(rows, steps, tokens.cpu().numpy(), logprobs.cpu().numpy())
+        done = [(job.ticket, self._rollouts(job)) for job in self._done]
+        self._done = []
+        if not going.any() and not (self._cache.joins and self._waiting):
+            self._leave(rows, np.zeros(0, np.int64))
+            self._rows = None
+            return done
+        free = self._cache.joins and self._waiting and going.sum() <= COMPACT_SHARE * self.slots
+        if free or going.mean() <= COMPACT_SHARE:
+            chosen = np.flatnonzero(going)
+            rows = self._leave(rows, chosen)
+            tokens = tokens[torch.from_numpy(chosen).to(tokens.device)]
+        if len(rows):
+            rows.logits = self._cache.step(tokens)
+        self._rows = rows
+        return done
+
+    def _arrange(self) -> None:
+        """Lets waiting responses take the free slots."""
+        rows = self._rows
+        if not self._waiting or (rows is not None and not self._cache.joins):
+            return
+        free = self.slots - (0 if rows is None else len(rows))
+        starts: list[_Prompt] = []
+        while self._waiting and len(starts) < free:
+            prompt = self._waiting[0]
+            if prompt.index == prompt.first == 0:
+                prompt.job.version = self.version
+            take = min(free - len(starts), prompt.job.item.samples - prompt.first)
+            starts += [prompt] * take
+            if not self._cache.joins and prompt.first:
+                break
+            prompt.first += take
+            if prompt.first == prompt.job.item.samples:
+                self._waiting.popleft()
+        if not starts:
+            return
+        distinct = list({id(p): p for p in starts}.values())
+        fresh = [p for p in distinct if p.handle is None or not self._cache.joins]
+        if fresh:
+            handles, logits = self._cache.prefill([p.job.prompts[p.index] for p in fresh])
+            for prompt, handle, row in zip(fresh, handles, logits, strict=True):
+                prompt.handle, prompt.logits = handle, row
+        self._cache.join([p.handle for p in starts if p.handle is not None])
+        index, logits = [], []
+        for prompt in distinct:
+            count = sum(p is prompt for p in starts)
+            prompt.alive += count
+            first = prompt.index * prompt.job.item.samples + prompt.first - count
+            index.append(np.arange(first, first + count))
+            assert prompt.logits is not None
+            logits.append(prompt.logits.expand(count, -1))
+        if rows is None:
+            self._rows = _Rows(starts, np.concatenate(index), torch.cat(logits))
+        else:
+            self._rows = _Rows(
+                rows.prompts + starts, np.concatenate([rows.index, *index]), torch.cat([rows.logits, *logits])
+            )
+
+    def _leave(self, rows: _Rows, chosen: np.ndarray) -> _Rows:
+        """The chosen rows stay; prompts without rows or responses to start are forgotten."""
+        self._cache.keep(torch.from_numpy(chosen))
+        stay = set(chosen.tolist())
+        for i, prompt in enumerate(rows.prompts):
+            if i not in stay:
+                prompt.alive -= 1
+                if not prompt.alive and prompt.first == prompt.job.item.samples:
+                    assert prompt.handle is not None
+                    self._cache.release(prompt.handle)
+        return _Rows([rows.prompts[i] for i in chosen], rows.index[chosen], rows.logits[chosen])
+
+    def _jobs(self, rows: _Rows) -> list[tuple[_Job, np.ndarray]]:
+        """The jobs of the rows, and which rows are whose."""
+        places: dict[int, list[int]] = {}
+        jobs: dict[int, _Job] = {}
+        for i, prompt in enumerate(rows.prompts):
+            jobs[id(prompt.job)] = prompt.job
+            places.setdefault(id(prompt.job), []).append(i)
+        return [(jobs[key], np.array(found)) for key, found in places.items()]
+
+    def _uniform(self, rows: _Rows) -> tuple[torch.Tensor, np.ndarray]:
+        numbers, steps = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+        for job, places in self._jobs(rows):
+            index = rows.index[places]
+            steps[places] = job.lengths[index]
+            alive = ~self._ended(job, index)
+            if alive.any():
+                numbers[places[alive]] = job.uniform(index[alive], steps[places[alive]])
+        return torch.from_numpy(numbers).to(self.device), steps
+
+    def _ended(self, job: _Job, index: np.ndarray) -> np.ndarray:
+        return job.finished[index] | (job.lengths[index] == self.max_new_tokens)
+
+    def _record(
+        self, rows: _Rows, steps: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray
+    ) -> np.ndarray:
+        """Appends a token to the rows that had not ended; which go on. bool [R]"""
+        going = np.zeros(len(rows), bool)
+        for job, places in self._jobs(rows):
+            alive = places[~self._ended(job, rows.index[places])]
+            index = rows.index[alive]
+            job.tokens[index, steps[alive]] = tokens[alive]
+            job.logprobs[index, steps[alive]] = logprobs[alive]
+            job.lengths[index] += 1
+            job.finished[index] = np.isin(tokens[alive], self._ends)
+            ended = self._ended(job, index)
+            going[alive] = ~ended
+            job.left -= int(ended.sum())
+            if not job.left and ended.any():
+                self._done.append(job)
+        return going
+
+    def _rollouts(self, job: _Job) -> Rollouts:
+        item = job.item
+        tokens = [row[:n] for row, n in zip(job.tokens, job.lengths, strict=True)]
+        flat = Ragged.of(tokens, np.int32)
         return Rollouts(
             item=item.id,
-            version=self.version,
+            version=job.version,
             seed=item.seed,
             temperature=self.temperature,
             prompts=item.prompts,
             prompt_ids=np.array([prompt_id(c) for c in item.prompts], np.uint64),
-            prompt_tokens=Ragged.of(prompts, np.int32),
-            group=group,
-            tokens=Ragged.of(drawn.tokens, np.int32),
-            logprobs=np.concatenate([np.asarray(row, np.float32) for row in drawn.logprobs]),
-            finished=drawn.finished,
-            texts=tuple(self.chat.tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True)),
-            seconds=time.perf_counter() - started,
+            prompt_tokens=Ragged.of(job.prompts, np.int32),
+            group=np.repeat(np.arange(item.groups, dtype=np.int32), item.samples),
+            tokens=flat,
+            logprobs=np.concatenate([row[:n] for row, n in zip(job.logprobs, job.lengths, strict=True)]),
+            finished=job.finished,
+            texts=tuple(self.chat.tokenizer.batch_decode(tokens, skip_special_tokens=True)),
+            seconds=time.perf_counter() - job.started,
         )
 
     def _prompt_tokens(self, content: object) -> list[int]:
@@ -102,79 +306,13 @@ class TransformersEngine:
             )
         return tokens
 
-    def _sample(self, prompts: Sequence[list[int]], item: WorkItem) -> _Drawn:
-        rows = len(prompts) * item.samples
-        drawn = _Drawn([[] for _ in range(rows)], [[] for _ in range(rows)], np.zeros(rows, bool))
-        random = torch.Generator().manual_seed(item.seed)
-        logits, cache, mask = self._prefill(prompts, item.samples)
-        positions = mask.sum(-1)
-        for step in range(self.max_new_tokens):
-            uniform = torch.rand(rows, generator=random, dtype=torch.float64)[drawn.alive].to(self.device)
-            tokens, logprobs = draw(logits / self.temperature, uniform)
-            going = self._record(drawn, tokens, logprobs)
-            if step + 1 == self.max_new_tokens or not going.any():
-                break
-            if going.float().mean() <= COMPACT_SHARE:
-                keep = going.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                tokens, positions, mask = tokens[keep], positions[keep], mask[keep]
-                drawn.alive = drawn.alive[keep.cpu()]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            output = self.model(
-                input_ids=tokens[:, None],
-                attention_mask=mask,
-                position_ids=positions[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits, positions = output.logits[:, -1].float(), positions + 1
-        return drawn
-
-    def _prefill(
-        self, prompts: Sequence[list[int]], samples: int
-    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Next-token logits, cache and mask after the prompts (left-padded), each repeated for its samples."""
-        width = max(len(p) for p in prompts)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros(len(prompts), width, dtype=torch.long)
-        for i, prompt in enumerate(prompts):
-            ids[i, width - len(prompt) :] = torch.as_tensor(prompt)
-            mask[i, width - len(prompt) :] = 1
-        cache = DynamicCache(config=self.model.config)
-        output = self.model(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=(mask.cumsum(-1) - 1).clamp_min(0).to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache.batch_repeat_interleave(samples)
-        logits = output.logits[:, -1].float().repeat_interleave(samples, 0)
-        return logits, cache, mask.to(self.device).repeat_interleave(samples, 0)
-
-    def _record(self, drawn: _Drawn, tokens: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-        """Appends a step to the rows that go on; returns, for the model's batch, which still do. [rows] bool"""
-        going = torch.zeros(len(tokens), dtype=torch.bool)
-        triples = zip(drawn.alive.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
-        for i, (row, token, logprob) in enumerate(triples):
-            if drawn.finished[row]:
-                continue
-            drawn.tokens[row].append(token)
-            drawn.logprobs[row].append(logprob)
-            drawn.finished[row] = token in self.ends
-            going[i] = not drawn.finished[row]
-        return going.to(self.device)
-
     @torch.inference_mode()
     def logprobs(self, rollouts: Rollouts) -> np.ndarray:
         flat = np.empty(len(rollouts.tokens.values), np.float32)
         rows = range(rollouts.responses)
-        for batch in self._policy.lay(
-            rollouts.prompt_tokens, rollouts.tokens, rollouts.group, rows, self.budget
-        ):
-            flat[batch.index.numpy()] = (
-                token_logprobs(self._policy, batch, rollouts.temperature).cpu().numpy()
-            )
+        lay = self._policy.lay
+        for batch in lay(rollouts.prompt_tokens, rollouts.tokens, rollouts.group, rows, self.budget):
+            flat[batch.index.numpy()] = token_logprobs(self._policy, batch, rollouts.temperature).cpu().numpy()
         return flat
 
 

@@ -67,11 +67,17 @@ def attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     trees: Sequence[Tree] | None = None,
+    decoding: Any = None,
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Query [1, heads, T, width], keys and values [1, key heads, T, width]; the result is [1, T, heads, width]."""
+    """With trees: query [1, heads, T, width], keys and values [1, key heads, T, width]; the result is
+    [1, T, heads, width]. With `decoding`, a `SharedCache`, its rows' next tokens attend to what it holds."""
+    if decoding is not None:
+        window = kwargs.get("sliding_window")
+        out = decoding.attend(module.layer_idx, query, scaling, softcap, window)
+        return out.transpose(1, 2), None
     if trees is None and softcap is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 TINY = [
     "data=files",
     "data.eval_size=4",
-    "rollout={max_new_tokens: 8, temperature: 1.0, prompts_per_item: 2}",
+    "rollout.max_new_tokens=8",
+    "rollout.prompts_per_item=2",
     "baseline.samples=4",
     "align.steps=3",
     "evaluate.judge_samples=4",

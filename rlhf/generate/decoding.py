@@ -1,0 +1,300 @@
+"""What sampling keeps of the tokens so far: the keys and values of prompts, once each, and of responses, by row.
+
+`SharedCache` is for models that attend by `rlhf/models/attention.py`: responses of one prompt attend to its one copy, and
+rows join and leave at any step. `PlainCache` is for all others: a prompt's cache is repeated for its rows, which start
+together and leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from rlhf.models.attention import Tree
+
+HIDDEN = torch.finfo(torch.float32).min
+
+
+class RowCache(Protocol):
+    """Rows are responses being sampled, R of them."""
+
+    joins: bool  # whether rows can be added while others are there
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], torch.Tensor]:
+        """Computes prompts: a handle of each, and the logits of the first response token, float32 [prompts, V]."""
+
+    def join(self, handles: Sequence[int]) -> None:
+        """Adds a row for each handle, after the rows there are."""
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keeps these rows only, in this order; int64."""
+
+    def release(self, handle: int) -> None:
+        """A prompt that no row will join any more."""
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Appends a token to each row, int64 [R]; the logits of the next, float32 [R, V]."""
+
+
+class SharedCache(Cache):
+    """Prompts [P, key heads, L, width] and own tokens [slots, key heads, max_new, width] of each layer.
+
+    On a CPU they are float32, whatever the model computes in.
+    """
+
+    joins = True
+
+    def __init__(self, model: PreTrainedModel, slots: int, max_new: int, budget: int) -> None:
+        super().__init__(layers=[])
+        self._model, self._slots, self._max_new, self._budget = model, slots, max_new, budget
+        self._device = next(model.parameters()).device
+        self._prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer
+        self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._new: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None  # a prefill's, by layer
+        self._lengths: list[int] = []  # of the prompt in each place; 0: free
+        self._handle = torch.zeros(0, dtype=torch.long)  # [R], the place of each row's prompt
+        self._count = torch.zeros(0, dtype=torch.long)  # [R], own tokens so far
+        self._masks: dict[int | None, torch.Tensor] = {}  # additive [R, 1, 1, L + own], by window
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # positions are given with every call
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer calls with its new keys and values, [1, heads, T, width] or [R, heads, 1, width]."""
+        if self._new is not None:
+            self._new[layer_idx] = (key_states, value_states)
+            return key_states, value_states
+        if layer_idx not in self._own:
+            _, heads, _, width = key_states.shape
+            shape = (self._slots, heads, self._max_new, width)
+            dtype = self._dtype(key_states)
+            self._own[layer_idx] = (
+                key_states.new_zeros(shape, dtype=dtype),
+                value_states.new_zeros((*shape[:3], value_states.shape[-1]), dtype=dtype),
+            )
+        for kept, new in zip(self._own[layer_idx], (key_states, value_states), strict=True):
+            kept[self._rows, :, self._count] = new[:, :, 0].to(kept.dtype)
+        return key_states, value_states
+
+    def _dtype(self, like: torch.Tensor) -> torch.dtype:
+        return torch.float32 if like.device.type == "cpu" else like.dtype
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], torch.Tensor]:
+        handles, logits = [], []
+        start = 0
+        while start < len(prompts):
+            stop, tokens = start + 1, len(prompts[start])
+            while stop < len(prompts) and tokens + len(prompts[stop]) <= self._budget:
+                tokens += len(prompts[stop])
+                stop += 1
+            found, last = self._prefill(prompts[start:stop])
+            handles += found
+            logits.append(last)
+            start = stop
+        return handles, torch.cat(logits)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], torch.Tensor]:
+        lengths = [len(p) for p in prompts]
+        ids = torch.tensor([t for p in prompts for t in p], device=self._device)[None]
+        positions = torch.cat([torch.arange(n, device=self._device) for n in lengths])[None]
+        self._new = {}
+        ends = torch.tensor(lengths, device=self._device).cumsum(0) - 1
+        logits = self._call(
+            ids, positions, trees=[Tree(n, (), ()) for n in lengths], logits_to_keep=ends
+        )[0]
+        new, self._new = self._new, None
+        handles = [self._place(n) for n in lengths]
+        for layer, (keys, values) in new.items():
+            room = self._room(layer, keys, values)
+            for kept, given in zip(room, (keys, values), strict=True):
+                for place, part in zip(handles, given[0].split(lengths, 1), strict=True):
+                    kept[place, :, : part.shape[1]] = part.to(kept.dtype)
+        return handles, logits.float()
+
+    def _place(self, length: int) -> int:
+        for place, used in enumerate(self._lengths):
+            if not used:
+                self._lengths[place] = length
+                return place
+        self._lengths.append(length)
+        return len(self._lengths) - 1
+
+    def _room(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+        """The layer's prompts, made large enough for all places."""
+        places, longest = len(self._lengths), max(self._lengths)
+        old = self._prompts.get(layer)
+        if old is None or old[0].shape[0] < places or old[0].shape[2] < longest:
+            grown = []
+            for i, like in enumerate((keys, values)):
+                size = (places, like.shape[1], longest)
+                if old is not None:
+                    size = (max(places, old[i].shape[0]), like.shape[1], max(longest, old[i].shape[2]))
+                fresh = like.new_zeros((*size, like.shape[-1]), dtype=self._dtype(like))
+                if old is not None:
+                    fresh[: old[i].shape[0], :, : old[i].shape[2]] = old[i]
+                grown.append(fresh)
+            self._prompts[layer] = (grown[0], grown[1])
+        return list(self._prompts[layer])
+
+    def join(self, handles: Sequence[int]) -> None:
+        self._handle = torch.cat([self._handle, torch.tensor(handles, dtype=torch.long)])
+        self._count = torch.cat([self._count, torch.zeros(len(handles), dtype=torch.long)])
+        self._arrange()
+
+    def keep(self, rows: torch.Tensor) -> None:
+        longest = int(self._count[rows].max()) if len(rows) else 0
+        for pair in self._own.values():
+            for kept in pair:
+                kept[: len(rows), :, :longest] = kept[rows.to(kept.device), :, :longest]
+        self._handle, self._count = self._handle[rows], self._count[rows]
+        self._arrange()
+
+    def release(self, handle: int) -> None:
+        self._lengths[handle] = 0
+
+    def _arrange(self) -> None:
+        """Where each row is among its prompt's rows, for attention to a prompt by all of its rows at once."""
+        self._rows = torch.arange(len(self._handle), device=self._device)
+        places = max(len(self._lengths), 1)
+        taken = [0] * places
+        spot = []
+        for handle in self._handle.tolist():
+            spot.append(taken[handle])
+            taken[handle] += 1
+        width = max(taken)
+        flat = self._handle * width + torch.tensor(spot, dtype=torch.long)
+        source = torch.zeros(places * width, dtype=torch.long)
+        source[flat] = torch.arange(len(flat))
+        self._shape = (places, width)
+        self._source, self._flat = source.to(self._device), flat.to(self._device)
+
+    @property
+    def _prompt_lengths(self) -> torch.Tensor:
+        return torch.tensor(self._lengths)[self._handle]
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._count = self._count.clamp_max(self._max_new - 1)  # a row that has ended stays where it is
+        positions = (self._prompt_lengths + self._count).to(self._device)
+        self._masks = {}
+        self._count = self._count.to(self._device)
+        logits = self._call(tokens[:, None], positions[:, None], decoding=self)[:, -1]
+        self._count = self._count.cpu() + 1
+        return logits.float()
+
+    def _call(self, ids: torch.Tensor, positions: torch.Tensor, **given: Any) -> torch.Tensor:
+        return self._model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=torch.zeros(1, 1, 1, 1, device=self._device),
+            past_key_values=self,
+            use_cache=True,
+            **given,
+        ).logits
+
+    def attend(
+        self, layer: int, query: torch.Tensor, scaling: float | None, softcap: float | None, window: int | None
+    ) -> torch.Tensor:
+        """Each row's new token over its prompt and its own tokens. Query [R, heads, 1, width]; as the result."""
+        (prompt_k, prompt_v), (own_k, own_v) = self._prompts[layer], self._own[layer]
+        rows, heads, _, width = query.shape
+        places, most = self._shape
+        key_heads = own_k.shape[1]
+        groups = heads // key_heads
+        mask = self._mask(window)
+        own = mask.shape[-1] - prompt_k.shape[2]
+        scale = width**-0.5 if scaling is None else scaling
+        q = query.to(own_k.dtype).view(rows, key_heads, groups, width)
+        prompt_k, prompt_v = prompt_k[:places], prompt_v[:places]
+
+        def by_prompt(x: torch.Tensor) -> torch.Tensor:  # [R, key heads, groups, n] -> [P, key heads, most * groups, n]
+            x = x[self._source].view(places, most, key_heads, groups, -1)
+            return x.transpose(1, 2).reshape(places, key_heads, most * groups, -1)
+
+        def by_row(x: torch.Tensor) -> torch.Tensor:
+            x = x.view(places, key_heads, most, groups, -1).transpose(1, 2)
+            return x.reshape(places * most, key_heads, groups, -1)[self._flat]
+
+        scores = torch.cat(
+            [
+                by_row(by_prompt(q) @ prompt_k.transpose(-1, -2)),
+                q @ own_k[:rows, :, :own].transpose(-1, -2),
+            ],
+            -1,
+        ).float()
+        scores *= scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        shares = torch.softmax(scores + mask, -1).to(own_v.dtype)
+        left, right = shares.split([prompt_k.shape[2], own], -1)
+        out = by_row(by_prompt(left) @ prompt_v) + right @ own_v[:rows, :, :own]
+        return out.reshape(rows, heads, 1, -1).to(query.dtype)
+
+    def _mask(self, window: int | None) -> torch.Tensor:
+        """Additive float32 [R, 1, 1, L + own]; the token being computed is among its own."""
+        if window is not None and int((self._prompt_lengths + self._count.cpu()).max()) < window:
+            window = None  # all within it
+        if window not in self._masks:
+            longest = next(iter(self._prompts.values()))[0].shape[2]
+            at, count = torch.arange(longest)[None], self._count.cpu()[:, None]
+            lengths = self._prompt_lengths[:, None]
+            own = torch.arange(int(count.max()) + 1)[None]
+            hidden_prompt, hidden_own = at >= lengths, own > count
+            if window is not None:
+                hidden_prompt = hidden_prompt | (lengths + count - at >= window)
+                hidden_own = hidden_own | (count - own >= window)
+            hidden = torch.cat([hidden_prompt, hidden_own], 1)
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN)
+            self._masks[window] = mask[:, None, None].to(self._device)
+        return self._masks[window]
+
+
+class PlainCache:
+    """transformers' own cache, for models whose attention is their own."""
+
+    joins = False
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], torch.Tensor]:
+        width = max(len(p) for p in prompts)
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt) :] = torch.as_tensor(prompt)
+            mask[i, width - len(prompt) :] = 1
+        self._cache = DynamicCache(config=self._model.config)
+        self._mask = mask.to(self._device)
+        positions = (self._mask.cumsum(-1) - 1).clamp_min(0)
+        return list(range(len(prompts))), self._call(ids.to(self._device), positions)
+
+    def join(self, handles: Sequence[int]) -> None:
+        rows = torch.tensor(handles, device=self._device)
+        self._cache.batch_select_indices(rows)
+        self._mask = self._mask[rows]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.join(rows.tolist())
+
+    def release(self, handle: int) -> None:
+        """Prompts leave with their rows."""
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], 1)
+        return self._call(tokens[:, None], self._mask.sum(-1, keepdim=True) - 1)
+
+    def _call(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1].float()
