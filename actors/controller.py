@@ -33,6 +33,7 @@ from actors.metrics import StepMetrics
 from rlhf.config import AlignConfig
 from rlhf.flow.leases import Lease
 from rlhf.flow.ledger import Ledger
+from rlhf.timeline import Span
 from rlhf.types import Rewards, WorkItem
 
 REWARD_ATTEMPTS = 3
@@ -86,6 +87,7 @@ class Controller:
         self._step: _Step | None = None
         self._pulling: set[ray.ObjectRef] = set()
         self._last = time.perf_counter()
+        self.spans: list[Span] = []  # what the processes did for the batches trained so far
 
     def run(self) -> None:
         """Returns when the last batch is trained and every generator has its weights."""
@@ -180,13 +182,18 @@ class Controller:
         self._step = _Step(lease, batch, set(parts), parts, coefficients)
 
     def _trained(self, step: _Step) -> None:
-        metrics = merged(ray.get(step.parts))
+        parts = ray.get(step.parts)
+        metrics = merged([m for m, _ in parts])
         learned = time.perf_counter()
         ray.get(self._queue.acknowledge.remote(step.lease.id))
         version = self._ledger.version
         self._ledger.trained(step.batch)
         self._pulling |= set(self._generators.set_weights(self._learner.weights(), version + 1))
         held = [self._held.pop(item) for item in step.batch]
+        self.spans += [s for _, spans in parts for s in spans]
+        for h in held:
+            assert h.values is not None
+            self.spans += [*h.summary.spans, *h.values.spans]
         staleness = [version - h.summary.version for h in held]
         assert max(staleness) <= self._config.staleness, (version, staleness)
         now = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from actors.resources import actor_options, set_threads
 from rlhf.config import RoleConfig, RolloutConfig
 from rlhf.generate.engine import Engine
+from rlhf.timeline import Recorder, Span
 from rlhf.types import Rollouts, WorkItem
+
+
+LISTEN = 0.05  # seconds of sampling after which a generator looks for calls
 
 
 @dataclass(frozen=True)
@@ -28,17 +33,21 @@ class Summary:
     tokens: int
     finished: int
     seconds: float
+    spans: tuple[Span, ...]  # of the generator, since the last item
 
 
 class Generator:
     """One generator. `load` first; then any number of `set_weights` and `generate`."""
 
-    def __init__(self, rollout: RolloutConfig, chat_template: str | None, role: RoleConfig) -> None:
+    def __init__(
+        self, number: int, rollout: RolloutConfig, chat_template: str | None, role: RoleConfig
+    ) -> None:
         set_threads(role.cpus)
         import rlhf.generate.transformers_engine  # noqa: F401 - now, and not in the first call
 
         self._rollout, self._template, self._role = rollout, chat_template, role
         self._engine: Engine | None = None
+        self._recorder = Recorder(f"generator {number}")
         self._work: asyncio.Task | None = None
         self._results: dict[int, asyncio.Future[Rollouts]] = {}  # by the engine's ticket
 
@@ -75,7 +84,8 @@ class Generator:
         """Takes published weights; nothing, if this process was restarted and has no policy yet."""
         if self._engine is None:
             return
-        self._engine.set_weights(weights.tensors(), version)
+        with self._recorder.span("pull weights"):
+            self._engine.set_weights(weights.tensors(), version)
 
     async def generate(self, item: WorkItem) -> tuple[Rollouts, Summary] | tuple[None, None]:
         """Samples a work item, beside others that are under way; nothing, if this process was restarted and has no
@@ -94,13 +104,19 @@ class Generator:
             len(rollouts.tokens.values),
             int(rollouts.finished.sum()),
             rollouts.seconds,
+            self._recorder.take(),
         )
 
     async def _advance(self, engine: Engine) -> None:
         """Samples until nothing is left; between tokens, calls that have come are heard."""
         try:
             while engine.busy:
-                for ticket, rollouts in engine.advance():
+                started = time.time()
+                done: list[tuple[int, Rollouts]] = []
+                while engine.busy and not done and time.time() - started < LISTEN:
+                    done = engine.advance()
+                self._recorder.add("sample", started)
+                for ticket, rollouts in done:
                     self._results.pop(ticket).set_result(rollouts)
                 await asyncio.sleep(0)
         except Exception as error:
@@ -134,7 +150,7 @@ class GeneratorPool:
         from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
         actor = ray.remote(Generator).options(max_restarts=-1, max_task_retries=0, **actor_options(role))
-        self._actors = [actor.remote(rollout, chat_template, role) for _ in range(role.count)]
+        self._actors = [actor.remote(n, rollout, chat_template, role) for n in range(role.count)]
         self._manager = FaultTolerantActorManager(self._actors)
         self._work: dict[ray.ObjectRef, tuple[int, WorkItem, ray.ObjectRef]] = {}
         self._policy: str | None = None

@@ -16,6 +16,7 @@ import ray
 
 from actors.resources import actor_options, set_threads
 from rlhf.config import DeepSpeedConfig, RoleConfig, TrainingConfig
+from rlhf.timeline import Recorder, Span
 from rlhf.types import Experience
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class LearnerRank:
 
     def __init__(self, rank: int, world: int, config: DeepSpeedConfig, role: RoleConfig) -> None:
         self.rank, self.world, self.config, self.role = rank, world, config, role
+        self._recorder = Recorder(f"learner {rank}")
         set_threads(role.cpus)
         if role.gpus == 0:
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -105,16 +107,24 @@ class LearnerRank:
             for step in range(start, stop)
         ]
 
-    def align(self, batch: list[tuple[Any, Any]], coefficients: Coefficients) -> dict[str, float]:
-        """Trains on a leased batch of (rollouts reference, rewards reference)."""
+    def align(
+        self, batch: list[tuple[Any, Any]], coefficients: Coefficients
+    ) -> tuple[dict[str, float], tuple[Span, ...]]:
+        """Trains on a leased batch of (rollouts reference, rewards reference); metrics, and what was done when."""
         rollouts, rewards = ray.get([a for a, _ in batch]), ray.get([b for _, b in batch])
         experiences = [Experience(a, b) for a, b in zip(rollouts, rewards, strict=True)]
-        return self.aligner.step(
-            experiences, coefficients.kl, coefficients.learning_rate, coefficients.critic_learning_rate
+        metrics = self.aligner.step(
+            experiences,
+            coefficients.kl,
+            coefficients.learning_rate,
+            coefficients.critic_learning_rate,
+            self._recorder.span,
         )
+        return metrics, self._recorder.take()
 
     def weights(self) -> Any:
-        return self.trainer.weights()
+        with self._recorder.span("publish weights"):
+            return self.trainer.weights()
 
     def save(self, path: str) -> None:
         self.trainer.save(Path(path))

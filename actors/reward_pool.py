@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError
 
 from actors.resources import set_threads
 from rlhf.config import ResourcesConfig, RewardModelConfig
+from rlhf.timeline import Recorder, Span
 from rlhf.types import Content, Rewards, Rollouts
 from rlhf.utility.pipeline import Utility
 from rlhf.utility.statistics import ReferenceRule
@@ -39,12 +40,15 @@ class RewardModel:
         from rlhf.models.reward import RewardScorer
 
         device = "cuda" if gpus > 0 else "cpu"
+        self._recorder = Recorder(f"reward {name}")
         self._scorer = RewardScorer(name, path, template, budget, device, dtype)
 
-    def score(self, rollouts: list[ray.ObjectRef]) -> np.ndarray:
-        """Rewards of the responses of one `Rollouts`, float32 [B]."""
+    def score(self, rollouts: list[ray.ObjectRef]) -> tuple[np.ndarray, tuple[Span, ...]]:
+        """Rewards of the responses of one `Rollouts`, float32 [B], and what was done for them."""
         batch: Rollouts = ray.get(rollouts[0])
-        return self._scorer.score([batch.prompts[g] for g in batch.group], batch.texts)
+        with self._recorder.span("score"):
+            rewards = self._scorer.score([batch.prompts[g] for g in batch.group], batch.texts)
+        return rewards, self._recorder.take()
 
     def score_texts(self, contents: Sequence[Content], responses: Sequence[str]) -> np.ndarray:
         return self._scorer.score(contents, responses)
@@ -58,8 +62,11 @@ class RewardIngress:
 
     async def raw(self, rollouts: list[ray.ObjectRef]) -> np.ndarray:
         """Raw rewards of one `Rollouts`, float32 [B, M]."""
-        columns = await asyncio.gather(*(self._call(m, "score", rollouts) for m in self._models))
-        return np.stack(columns, 1)
+        return (await self._scored(rollouts))[0]
+
+    async def _scored(self, rollouts: list[ray.ObjectRef]) -> tuple[np.ndarray, tuple[Span, ...]]:
+        found = await asyncio.gather(*(self._call(m, "score", rollouts) for m in self._models))
+        return np.stack([rewards for rewards, _ in found], 1), tuple(s for _, spans in found for s in spans)
 
     async def canned(self, model: str, contents: Sequence[Content], responses: Sequence[str]) -> np.ndarray:
         """Rewards of given responses by one model, float32 [N]."""
@@ -73,13 +80,14 @@ class RewardIngress:
         started = time.perf_counter()
         batch: Rollouts = await rollouts[0]
         points = POINTS if utility.needs_samples else 0
-        raw, references = await asyncio.gather(
-            self.raw(rollouts),
+        (raw, spans), references = await asyncio.gather(
+            self._scored(rollouts),
             asyncio.wrap_future(self._baseline.references.remote(batch.prompt_ids, rules, points).future()),
         )
-        return replace(utility.rewards(batch, raw, references), seconds=time.perf_counter() - started)
+        rewards = utility.rewards(batch, raw, references)
+        return replace(rewards, seconds=time.perf_counter() - started, spans=spans)
 
-    async def _call(self, model: str, method: str, *arguments: Any) -> np.ndarray:
+    async def _call(self, model: str, method: str, *arguments: Any) -> Any:
         for attempt in range(ATTEMPTS):
             try:
                 return await getattr(self._models[model], method).remote(*arguments)

@@ -23,6 +23,7 @@ from actors.metrics import StepMetrics
 from actors.queue import start_queue
 from actors.roles import Roles
 from actors.work import seed_of
+from rlhf import timeline
 from rlhf.config import STAGES, Config, RewardModelConfig, TrainingConfig
 from rlhf.data.prepare import RunData, demonstrations_source, evaluator_source, preferences_source
 from rlhf.learn.tasks import AlignTask, BradleyTerryTask, SupervisedTask, Task, batch_indices, save_tokenizer
@@ -194,8 +195,10 @@ class Job:
                         + f"{metrics['response_tokens']:.0f} tokens",
                     )
 
-                self._controller(on_step).run()
+                controller = self._controller(on_step)
+                controller.run()
                 writer.close()
+                timeline.write(folder / "timeline.json", controller.spans)
                 self.roles.learner.save(folder / "policy")
                 save_tokenizer(self.artifacts.policy_path, folder / "policy")
 

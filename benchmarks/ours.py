@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.workloads import KL_COEF, PER_STEP, PROMPTS, SAMPLES, WORKLOADS
+from rlhf import timeline
 from rlhf.config import Config
 from rlhf.config_checks import typed
 from rlhf.logs import read_metrics
@@ -71,13 +72,18 @@ def measure(workload: str, world: Path, steps: int, overrides: Sequence[str]) ->
         finally:
             session.stop()
         store = Store(output / "store")
-        metrics = read_metrics(Artifacts(config, preflight(config, store), store).align_path)[WARM_UP:]
+        folder = Artifacts(config, preflight(config, store), store).align_path
+        metrics, spans = read_metrics(folder)[WARM_UP:], timeline.read(folder / "timeline.json")
     seconds = [m["seconds"] for m in metrics]
+    end = max(s.end for s in spans)
+    start = end - sum(seconds)
     samples = PER_STEP * SAMPLES
     keys = [k for k in metrics[0] if k.startswith(("seconds/", "sampler_gap", "share/"))]
     return {
         "step_s": [round(s, 4) for s in seconds],
-        "samples_per_s": samples / statistics.median(seconds),
+        "samples_per_s": samples / statistics.fmean(seconds),
+        "idle_share": 1 - timeline.covered(spans, start, end),
+        "shares": timeline.shares(spans, start, end),
         "response_tokens": statistics.fmean(m["response_tokens"] for m in metrics),
         "means": {k: round(statistics.fmean(m[k] for m in metrics), 4) for k in keys},
         "overrides": list(overrides),

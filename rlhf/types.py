@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.timeline import Span
+
 Message = Mapping[str, str]
 """One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
 
@@ -136,6 +138,7 @@ class Rewards:
     combined: np.ndarray  # float32 [B]: the utility that is maximised
     slope: np.ndarray  # float32 [B, M]: d combined / d raw, what one more unit of a reward is still worth
     seconds: float = 0.0  # wall time from the call to the last reward
+    spans: tuple[Span, ...] = ()  # what the reward models did for it
 
 
 @dataclass(frozen=True)

@@ -69,19 +69,23 @@ class Aligner:
         kl_coef: float,
         learning_rate: float,
         critic_learning_rate: float,
+        span: Callable[[str], AbstractContextManager] = nullcontext,
     ) -> Metrics:
-        """Trains on a batch, `epochs` times, each time in `minibatches` optimiser steps.
+        """Trains on a batch, `epochs` times, each time in `minibatches` optimiser steps; `span` is told when it prepares
+        and when it trains.
 
         Metrics are this rank's part of sums over ranks, but for grad_norm: losses are means over the steps, and
         `kl` is the mean over the batch's responses, nats; without a reference there is none.
         """
         merged = Merged.of(experiences)
         every = balanced(merged.group_tokens, self.policy.world)
-        prepared, metrics = self._prepare(merged, every[self.policy.rank], kl_coef)
+        with span("prepare"):
+            prepared, metrics = self._prepare(merged, every[self.policy.rank], kl_coef)
         steps = 0
         for part in self._parts(every, experiences[0].rewards.item):
             steps += 1
-            found = self._update(prepared, part, kl_coef, learning_rate, critic_learning_rate)
+            with span("train"):
+                found = self._update(prepared, part, kl_coef, learning_rate, critic_learning_rate)
             for key, value in found.items():
                 metrics[key] = metrics.get(key, 0.0) + value
         means = [k for k in metrics if k in ("loss", "grad_norm") or k.startswith("critic/")]
