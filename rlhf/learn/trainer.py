@@ -68,6 +68,7 @@ def deepspeed_settings(
         "weight_decay": weight_decay,
         "betas": [0.9, 0.95],
         "torch_adam": on_cpu,
+        **({"fused": True} if on_cpu else {}),
     }
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
