@@ -171,6 +171,7 @@ class SharedCache(Cache):
         source = torch.zeros(places * width, dtype=torch.long)
         source[flat] = torch.arange(len(flat))
         self._shape = (places, width)
+        self._in_order = bool((source == torch.arange(len(source))).all()) and len(flat) == len(source)
         self._source, self._flat = source.to(self._device), flat.to(self._device)
 
     @property
@@ -212,12 +213,13 @@ class SharedCache(Cache):
         prompt_k, prompt_v = prompt_k[:places], prompt_v[:places]
 
         def by_prompt(x: torch.Tensor) -> torch.Tensor:  # [R, key heads, groups, n] -> [P, key heads, most * groups, n]
-            x = x[self._source].view(places, most, key_heads, groups, -1)
+            x = (x if self._in_order else x[self._source]).view(places, most, key_heads, groups, -1)
             return x.transpose(1, 2).reshape(places, key_heads, most * groups, -1)
 
         def by_row(x: torch.Tensor) -> torch.Tensor:
             x = x.view(places, key_heads, most, groups, -1).transpose(1, 2)
-            return x.reshape(places * most, key_heads, groups, -1)[self._flat]
+            x = x.reshape(places * most, key_heads, groups, -1)
+            return x if self._in_order else x[self._flat]
 
         scores = torch.cat(
             [

@@ -21,6 +21,7 @@ from rlhf.generate.decoding import PlainCache, RowCache, SharedCache
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
 from rlhf.models.attention import is_ours
 from rlhf.models.load import end_tokens, max_positions
+from rlhf.models.packed import pack, pack_again
 from rlhf.models.precision import cast, dtype_of
 from rlhf.types import Ragged, Rollouts, WorkItem, prompt_id
 
@@ -118,6 +119,7 @@ class TransformersEngine:
         self.version = self._tickets = 0
         self._policy = PolicyModel(model)
         cast(model, dtype_of(dtype, device))
+        pack(model, min(slots, 64), keep=True, leave=model.get_output_embeddings())
         self._cache: RowCache = (
             SharedCache(model, slots, max_new_tokens, budget) if is_ours(model) else PlainCache(model)
         )
@@ -135,6 +137,7 @@ class TransformersEngine:
             )
         for name, parameter in parameters.items():
             parameter.copy_(weights[name].view(parameter.shape))
+        pack_again(self.model)
         self.version = version
 
     def generate(self, item: WorkItem) -> Rollouts:

@@ -101,7 +101,7 @@ class BradleyTerry:
         rows = [row for i in pairs for row in (data.chosen[i], data.rejected[i])]
 
         def call(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:
-            rewards = score_rows(model, self.classifier, rows, budget)
+            rewards = score_rows(model, self.classifier, rows, [i // 2 for i in range(len(rows))], budget)
             margin = rewards[0::2] - rewards[1::2]
             value = -torch.nn.functional.logsigmoid(margin).sum() / total
             return value, {"loss": value.item(), "accuracy": (margin > 0).sum().item() / total}

@@ -19,6 +19,7 @@ from rlhf.learn.objectives import BradleyTerry, Objective, Supervised
 from rlhf.learn.trainer import Trainer
 from rlhf.models.load import load_policy, load_tokenizer, new_policy, new_reward_model
 from rlhf.models.lora import adapter_off, with_adapter
+from rlhf.models.packed import pack
 from rlhf.models.precision import cast, dtype_of
 from rlhf.models.reward import Classifier, packs
 
@@ -82,6 +83,7 @@ class AlignTask:
         elif self.penalise:
             frozen = PolicyModel(load_policy(self.policy).to(device).requires_grad_(False))
             cast(frozen, dtype_of(self.dtype, device))
+            pack(frozen, rows=1024, leave=frozen.inner.get_output_embeddings())
             reference = ReferencePolicy(frozen)
         critic = None
         if self.settings.critic is not None:

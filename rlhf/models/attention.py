@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "rlhf_trees"
-BLOCK = 64  # response tokens that attend together, at least; the prompt's length, if that is more
+BLOCK = 128  # response tokens that attend together, at least; the prompt's length, if that is more
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def attention(
     parts = []
     for tree in trees:
         q, k, v = next(queries), next(keys), next(values)
-        parts.append(_attend(q, k, v, None, scaling, softcap))
+        if tree.prompt:
+            parts.append(_attend(q, k, v, None, scaling, softcap))
         for mask in tree.masks:
             own_k, own_v = next(keys), next(values)
             both = torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)

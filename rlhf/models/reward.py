@@ -16,6 +16,7 @@ from rlhf.learn.batching import TokenBatch, attention_window, by_length, pack
 from rlhf.models import attention
 from rlhf.models.attention import Tree
 from rlhf.models.load import load_reward_model, load_tokenizer, max_positions
+from rlhf.models.packed import pack as pack_layers
 from rlhf.models.precision import cast, dtype_of
 from rlhf.types import Content, Ragged
 
@@ -67,14 +68,14 @@ class Classifier(torch.nn.Module):
 
 
 def score_rows(
-    model: torch.nn.Module, classifier: Classifier, rows: Sequence[Row], budget: int
+    model: torch.nn.Module, classifier: Classifier, rows: Sequence[Row], kin: Sequence[int], budget: int
 ) -> torch.Tensor:
     """Rewards of token rows, float32 [rows], in batches of at most `budget` tokens (one conversation at least).
 
-    `model` is what is called: the classifier itself, or an engine around it.
+    `model` is what is called: the classifier itself, or an engine around it. Neighbours of one `kin` begin alike.
     """
     parts, order = [], []
-    for batch in batches(classifier, rows, budget):
+    for batch in batches(classifier, rows, kin, budget):
         parts.append(batch.scores(model, next(classifier.parameters())))
         order += batch.rows
     return torch.cat(parts)[torch.tensor(order).argsort()]
@@ -91,11 +92,13 @@ class ScoreBatch:
         return model(**self.inputs(like)).float()
 
 
-def batches(classifier: Classifier, rows: Sequence[Row], budget: int) -> list[ScoreBatch]:
-    """Token rows as batches; neighbours that begin alike share their beginning, if the classifier packs."""
+def batches(
+    classifier: Classifier, rows: Sequence[Row], kin: Sequence[int], budget: int
+) -> list[ScoreBatch]:
+    """Token rows as batches; neighbours of one kin share their beginning, if the classifier packs."""
     fits = classifier.window is None or max(map(len, rows), default=0) <= classifier.window
     if classifier.packs and fits:
-        shared, own, group = _split(rows)
+        shared, own, group = _split(rows, kin)
         packed = pack(shared, own, group, range(len(rows)), budget)
         return [ScoreBatch(b.rows.tolist(), partial(_packed, b)) for b in packed]
     return [_padded(rows, chosen, classifier.pad) for chosen in _padded_rows(rows, classifier.pad, budget)]
@@ -122,14 +125,14 @@ def _padded(rows: Sequence[Row], chosen: list[int], pad: int | None) -> ScoreBat
     )
 
 
-def _split(rows: Sequence[Row]) -> tuple[Ragged, Ragged, np.ndarray]:
-    """Each run of neighbours with a common beginning as that beginning and what follows it, at least a token each."""
+def _split(rows: Sequence[Row], kin: Sequence[int]) -> tuple[Ragged, Ragged, np.ndarray]:
+    """Each run of neighbours of one kin as their common beginning and what follows it, at least a token each."""
     arrays = [np.asarray(row, np.int32) for row in rows]
     shared: list[np.ndarray] = []
     group: list[int] = []
-    for row in arrays:
-        common = _common(shared[-1], row) if shared else 0
-        if shared and common >= max(1, len(shared[-1]) // 2) and common < len(row):
+    for i, row in enumerate(arrays):
+        common = _common(shared[-1], row[:-1]) if i and kin[i] == kin[i - 1] else 0
+        if common:
             shared[-1] = shared[-1][:common]
         else:
             shared.append(row[:-1])
@@ -167,7 +170,7 @@ def _try_packing(classifier: Classifier, vocabulary: int, tolerance: float = 1e-
         plain = torch.cat([one.scores(classifier, head) for one in single])
         with attention.tried(classifier.inner) as trial:
             classifier.packs = trial.possible
-            packed = score_rows(classifier, classifier, rows, 64)
+            packed = score_rows(classifier, classifier, rows, [0, 0, 0, 1], 64)
             trial.kept = trial.possible and bool(
                 (packed - plain).abs().max() <= tolerance * plain.abs().max()
             )
@@ -196,6 +199,7 @@ class RewardScorer:
         model = load_reward_model(path, key).to(device)
         self.classifier = Classifier(model, model.config.pad_token_id)
         self.classifier.compute_in(dtype_of(dtype, device))
+        pack_layers(model, budget, leave=getattr(model, "score", None))
         self.format = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", template)
         self.limit = max_positions(model.config)
 
@@ -209,7 +213,8 @@ class RewardScorer:
                     f"prompt {_short(content)}, response {_short(response)}; lower rollout.max_new_tokens"
                 )
         with torch.inference_mode():
-            rewards = score_rows(self.classifier, self.classifier, rows, self.budget).cpu().numpy()
+            found = score_rows(self.classifier, self.classifier, rows, _kin(contents), self.budget)
+        rewards = found.cpu().numpy()
         bad = np.flatnonzero(~np.isfinite(rewards))
         if len(bad):
             i = int(bad[0])
@@ -218,6 +223,15 @@ class RewardScorer:
                 f"first for prompt {_short(contents[i])}, response {_short(responses[i])}; check its weights"
             )
         return rewards
+
+
+def _kin(contents: Sequence[Content]) -> list[int]:
+    """A number for each run of equal prompts."""
+    numbers: list[int] = []
+    for i, content in enumerate(contents):
+        same = i > 0 and (content is contents[i - 1] or content == contents[i - 1])
+        numbers.append(numbers[-1] if same else i)
+    return numbers
 
 
 def _short(content: Content) -> str:

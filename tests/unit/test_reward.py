@@ -25,12 +25,13 @@ def test_packed_scores_equal_single_forward_passes(reward_folders, budget):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 20, size=n) for n in (6, 1, 9)]
     rows = [np.concatenate([p, rng.integers(2, 20, size=n)]) for p in prompts for n in (3, 1, 7, 7)]
+    kin = np.repeat([0, 1, 2], 4).tolist()
     expected = [model(input_ids=torch.tensor(row[None])).logits.item() for row in rows]
     classifier = Classifier(model, 0)
     assert classifier.packs
-    np.testing.assert_allclose(score_rows(classifier, classifier, rows, budget), expected, atol=2e-5)
+    np.testing.assert_allclose(score_rows(classifier, classifier, rows, kin, budget), expected, atol=2e-5)
     classifier.packs = False
-    np.testing.assert_allclose(score_rows(classifier, classifier, rows, budget), expected, atol=2e-5)
+    np.testing.assert_allclose(score_rows(classifier, classifier, rows, kin, budget), expected, atol=2e-5)
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def test_conversations_longer_than_a_sliding_window_are_scored_plainly():
         start = rng.integers(2, 30, size=4)
         rows = [np.concatenate([start, rng.integers(2, 30, size=n)]) for n in (2, longest - 4, 1)]
         expected = [model(input_ids=torch.tensor(row[None])).logits.item() for row in rows]
-        np.testing.assert_allclose(score_rows(classifier, classifier, rows, 4096), expected, atol=2e-5)
+        np.testing.assert_allclose(score_rows(classifier, classifier, rows, [0, 0, 0], 4096), expected, atol=2e-5)
 
 
 def test_a_bidirectional_classifier_is_scored_plainly():
@@ -69,7 +70,8 @@ def test_a_bidirectional_classifier_is_scored_plainly():
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8))
 def test_split_rows_join_to_the_rows(rows):
-    shared, own, group = _split(rows)
+    kin = [len(rows) // 2 > i for i in range(len(rows))]
+    shared, own, group = _split(rows, kin)
     assert [[*shared[g], *own[i]] for i, g in enumerate(group)] == rows
     assert (own.lengths > 0).all()
 
@@ -101,3 +103,13 @@ def test_too_long_a_conversation_is_refused(reward_folders):
     scorer = RewardScorer("helpful", str(reward_folders["helpful"]))
     with pytest.raises(ValueError, match="'helpful' takes 128 tokens, but prompt and response have 2"):
         scorer.score(["tea " * 200], ["yes"])
+
+
+def test_responses_to_one_prompt_share_it():
+    """However short the prompt, and where responses begin alike too."""
+    rows = [[1, 2, 3, 9, 9, 9, 9, 9, 9], [1, 2, 3, 8], [1, 2, 3, 9, 7], [1, 2, 4]]
+    shared, own, group = _split(rows, [0, 0, 0, 1])
+    assert group.tolist() == [0, 0, 0, 1]
+    assert shared[0].tolist() == [1, 2, 3]
+    assert own.lengths.tolist() == [6, 1, 2, 1]
+    assert shared[1].tolist() == [1, 2]
