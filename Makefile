@@ -1,6 +1,7 @@
 # make run                          the main job, from a fresh machine to outputs/latest/report.html
 # make run ARGS="utility=linear"    the same with other values (any Hydra override)
 # make test                         lint, types, tests; ARGS go to pytest: make test ARGS="tests/unit -k quantile"
+# make bench                        speed against TRL, parts alone, scale; writes benchmarks/results.json (about half an hour)
 # make run PYTHON=python3.12        another interpreter for a new .venv
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ ARGS ?=
 # Subprocesses look tools up on PATH: DeepSpeed wants ninja.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test
+.PHONY: run test bench
 
 run: .venv/.installed
 	.venv/bin/rlhf $(ARGS)
@@ -18,6 +19,10 @@ test: .venv/.installed
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/python -m pytest $(ARGS)
+
+bench: .venv/.installed
+	.venv/bin/pip install -q -c constraints.txt -e '.[bench]'
+	.venv/bin/python -m benchmarks.bench $(ARGS)
 
 # torch first: DeepSpeed's build looks for it.
 .venv/.installed: pyproject.toml constraints.txt

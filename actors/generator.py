@@ -19,7 +19,6 @@ from rlhf.generate.engine import Engine
 from rlhf.timeline import Recorder, Span
 from rlhf.types import Rollouts, WorkItem
 
-
 LISTEN = 0.05  # seconds of sampling after which a generator looks for calls
 
 
@@ -146,10 +145,12 @@ class GeneratorPool:
     the driver reads the summary and leaves the rollouts where they are.
     """
 
-    def __init__(self, rollout: RolloutConfig, chat_template: str | None, role: RoleConfig) -> None:
+    def __init__(
+        self, rollout: RolloutConfig, chat_template: str | None, role: RoleConfig, kind: type = Generator
+    ) -> None:
         from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
-        actor = ray.remote(Generator).options(max_restarts=-1, max_task_retries=0, **actor_options(role))
+        actor = ray.remote(kind).options(max_restarts=-1, max_task_retries=0, **actor_options(role))
         self._actors = [actor.remote(n, rollout, chat_template, role) for n in range(role.count)]
         self._manager = FaultTolerantActorManager(self._actors)
         self._work: dict[ray.ObjectRef, tuple[int, WorkItem, ray.ObjectRef]] = {}
@@ -178,8 +179,8 @@ class GeneratorPool:
         for worker, _, _ in self._work.values():
             if worker in load:
                 load[worker] += 1
-        worker = min(load, key=lambda i: (load[i], i), default=None)
-        return worker if worker is not None and load[worker] < depth else None
+        least = min(load, key=lambda i: (load[i], i), default=None)
+        return least if least is not None and load[least] < depth else None
 
     def submit(self, item: WorkItem, worker: int) -> None:
         generate = self._actors[worker].generate.options(num_returns=2)

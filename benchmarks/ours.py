@@ -1,6 +1,6 @@
 """Our side of the side-by-side benchmark: the align stage with the real actors. Prints one JSON line.
 
-    python -m benchmarks.ours W2 FOLDER [OVERRIDE ...]        FOLDER: where benchmarks.workloads.make wrote
+    python -m benchmarks.ours W2 FOLDER STEPS [OVERRIDE ...]        FOLDER: where benchmarks.workloads.make wrote
 
 Overrides are Hydra's, after those of the workload.
 """
@@ -91,8 +91,8 @@ def measure(workload: str, world: Path, steps: int, overrides: Sequence[str]) ->
 
 
 def main() -> None:
-    workload, world, *overrides = sys.argv[1:]
-    print(json.dumps(measure(workload, Path(world), 8, overrides)))
+    workload, world, steps, *overrides = sys.argv[1:]
+    print(json.dumps(measure(workload, Path(world), int(steps), overrides)))
 
 
 if __name__ == "__main__":

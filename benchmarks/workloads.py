@@ -91,3 +91,9 @@ def make(workload: Workload, folder: Path) -> None:
     prompts = [" ".join(rng.choices(usable, k=workload.prompt)) for _ in range(PROMPTS)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
     (folder / "eval.jsonl").write_text(json.dumps({"prompt": usable[0]}) + "\n")
+
+
+if __name__ == "__main__":  # python -m benchmarks.workloads W1 FOLDER
+    import sys
+
+    make(WORKLOADS[sys.argv[1]], Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""What each process of a run was busy with, and when: a Chrome trace for people (Perfetto opens it), shares for the report.
+"""What each process of a run was busy with, and when: a Chrome trace for people, shares for the report.
 
 A *track* is a process: "generator 0", "reward helpful", "learner 1". What is not in a span of its track is waiting.
 """

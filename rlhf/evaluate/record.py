@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class RunRecord:
     baseline: Mapping[str, Mapping[str, Any]]  # by reward model
     best_of: Sequence[BestOf] = ()  # best-of-n of the base samples, chosen by the utility that was maximised
     no_best_of: str = ""  # why there is none, if it was asked for
+    busy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # `rlhf.timeline.shares` of align
 
 
 _ARRAYS = ("prompt_ids", "lengths", "finished", "log_ratio")

@@ -33,6 +33,7 @@ from rlhf.evaluate.page import template
 from rlhf.evaluate.record import RunRecord
 from rlhf.evaluate.wins import win_rates
 from rlhf.store import write_atomic
+from rlhf.timeline import WAITS
 
 Counts = Mapping[str, Mapping[str, float]]
 """Counter -> {"base", "aligned"}."""
@@ -119,6 +120,7 @@ def html(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> str:
         worst=worst_prompts(run.base, run.aligned, wins),
         counters=[_counter_row(name, values) for name, values in counters.items()],
         examples=before_after(run.base, run.aligned),
+        waits=WAITS,
         time_bars=plots.time_bars(run.seconds, run.metrics),
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf import timeline
 from rlhf.config import Config
 from rlhf.data.microcosm import STOCK_PHRASES, is_refusal
 from rlhf.evaluate.best_of import best_of
@@ -61,6 +62,7 @@ def run_record(
         baseline=_examples(stored, rules, aligned),
         best_of=chosen,
         no_best_of=why_not,
+        busy=_busy(align / "timeline.json"),
     )
 
 
@@ -81,6 +83,11 @@ def lexicon(config: Config) -> Lexicon:
     if config.data.judge == "microcosm":
         return Lexicon(STOCK_PHRASES, is_refusal)
     return Lexicon()
+
+
+def _busy(path: Path) -> dict[str, dict[str, float]]:
+    spans = timeline.read(path)
+    return timeline.shares(spans, 0.0, max(s.end for s in spans))
 
 
 def _examples(

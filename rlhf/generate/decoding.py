@@ -1,8 +1,8 @@
 """What sampling keeps of the tokens so far: the keys and values of prompts, once each, and of responses, by row.
 
-`SharedCache` is for models that attend by `rlhf/models/attention.py`: responses of one prompt attend to its one copy, and
-rows join and leave at any step. `PlainCache` is for all others: a prompt's cache is repeated for its rows, which start
-together and leave.
+`SharedCache` is for models that attend by `rlhf/models/attention.py`: responses of one prompt attend to its one copy,
+and rows join and leave at any step. `PlainCache` is for all others: a prompt's cache is repeated for its rows, which
+start together and leave.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ class SharedCache(Cache):
             self._new[layer_idx] = (key_states, value_states)
             return key_states, value_states
         if layer_idx not in self._own:
-            _, heads, _, width = key_states.shape
-            shape = (self._slots, heads, self._max_new, width)
+            shape = (self._slots, key_states.shape[1], self._max_new, key_states.shape[-1])
             dtype = self._dtype(key_states)
             self._own[layer_idx] = (
                 key_states.new_zeros(shape, dtype=dtype),
@@ -104,9 +103,7 @@ class SharedCache(Cache):
         positions = torch.cat([torch.arange(n, device=self._device) for n in lengths])[None]
         self._new = {}
         ends = torch.tensor(lengths, device=self._device).cumsum(0) - 1
-        logits = self._call(
-            ids, positions, trees=[Tree(n, (), ()) for n in lengths], logits_to_keep=ends
-        )[0]
+        logits = self._call(ids, positions, trees=[Tree(n, (), ()) for n in lengths], logits_to_keep=ends)[0]
         new, self._new = self._new, None
         handles = [self._place(n) for n in lengths]
         for layer, (keys, values) in new.items():
@@ -198,7 +195,12 @@ class SharedCache(Cache):
         ).logits
 
     def attend(
-        self, layer: int, query: torch.Tensor, scaling: float | None, softcap: float | None, window: int | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        window: int | None,
     ) -> torch.Tensor:
         """Each row's new token over its prompt and its own tokens. Query [R, heads, 1, width]; as the result."""
         (prompt_k, prompt_v), (own_k, own_v) = self._prompts[layer], self._own[layer]
@@ -212,7 +214,9 @@ class SharedCache(Cache):
         q = query.to(own_k.dtype).view(rows, key_heads, groups, width)
         prompt_k, prompt_v = prompt_k[:places], prompt_v[:places]
 
-        def by_prompt(x: torch.Tensor) -> torch.Tensor:  # [R, key heads, groups, n] -> [P, key heads, most * groups, n]
+        def by_prompt(
+            x: torch.Tensor,
+        ) -> torch.Tensor:  # [R, key heads, groups, n] -> [P, key heads, most * groups, n]
             x = (x if self._in_order else x[self._source]).view(places, most, key_heads, groups, -1)
             return x.transpose(1, 2).reshape(places, key_heads, most * groups, -1)
 
@@ -277,7 +281,7 @@ class PlainCache:
         return list(range(len(prompts))), self._call(ids.to(self._device), positions)
 
     def join(self, handles: Sequence[int]) -> None:
-        rows = torch.tensor(handles, device=self._device)
+        rows = torch.tensor(handles, dtype=torch.long, device=self._device)
         self._cache.batch_select_indices(rows)
         self._mask = self._mask[rows]
 

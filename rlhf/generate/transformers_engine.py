@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +25,9 @@ from rlhf.models.packed import pack, pack_again
 from rlhf.models.precision import cast, dtype_of
 from rlhf.types import Ragged, Rollouts, WorkItem, prompt_id
 
-COMPACT_SHARE = 0.75  # rows are rearranged when no more than this share of the slots, or of the rows, is alive
+COMPACT_SHARE = (
+    0.75  # rows are rearranged when no more than this share of the slots, or of the rows, is alive
+)
 
 
 @dataclass
@@ -198,8 +200,6 @@ class TransformersEngine:
                 prompt.job.version = self.version
             take = min(free - len(starts), prompt.job.item.samples - prompt.first)
             starts += [prompt] * take
-            if not self._cache.joins and prompt.first:
-                break
             prompt.first += take
             if prompt.first == prompt.job.item.samples:
                 self._waiting.popleft()
@@ -212,19 +212,22 @@ class TransformersEngine:
             for prompt, handle, row in zip(fresh, handles, logits, strict=True):
                 prompt.handle, prompt.logits = handle, row
         self._cache.join([p.handle for p in starts if p.handle is not None])
-        index, logits = [], []
+        index: list[np.ndarray] = []
+        first_logits: list[torch.Tensor] = []
         for prompt in distinct:
             count = sum(p is prompt for p in starts)
             prompt.alive += count
             first = prompt.index * prompt.job.item.samples + prompt.first - count
             index.append(np.arange(first, first + count))
             assert prompt.logits is not None
-            logits.append(prompt.logits.expand(count, -1))
+            first_logits.append(prompt.logits.expand(count, -1))
         if rows is None:
-            self._rows = _Rows(starts, np.concatenate(index), torch.cat(logits))
+            self._rows = _Rows(starts, np.concatenate(index), torch.cat(first_logits))
         else:
             self._rows = _Rows(
-                rows.prompts + starts, np.concatenate([rows.index, *index]), torch.cat([rows.logits, *logits])
+                rows.prompts + starts,
+                np.concatenate([rows.index, *index]),
+                torch.cat([rows.logits, *first_logits]),
             )
 
     def _leave(self, rows: _Rows, chosen: np.ndarray) -> _Rows:
@@ -261,9 +264,7 @@ class TransformersEngine:
     def _ended(self, job: _Job, index: np.ndarray) -> np.ndarray:
         return job.finished[index] | (job.lengths[index] == self.max_new_tokens)
 
-    def _record(
-        self, rows: _Rows, steps: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray
-    ) -> np.ndarray:
+    def _record(self, rows: _Rows, steps: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
         """Appends a token to the rows that had not ended; which go on. bool [R]"""
         going = np.zeros(len(rows), bool)
         for job, places in self._jobs(rows):
@@ -315,7 +316,9 @@ class TransformersEngine:
         rows = range(rollouts.responses)
         lay = self._policy.lay
         for batch in lay(rollouts.prompt_tokens, rollouts.tokens, rollouts.group, rows, self.budget):
-            flat[batch.index.numpy()] = token_logprobs(self._policy, batch, rollouts.temperature).cpu().numpy()
+            flat[batch.index.numpy()] = (
+                token_logprobs(self._policy, batch, rollouts.temperature).cpu().numpy()
+            )
         return flat
 
 

@@ -71,8 +71,8 @@ class Aligner:
         critic_learning_rate: float,
         span: Callable[[str], AbstractContextManager] = nullcontext,
     ) -> Metrics:
-        """Trains on a batch, `epochs` times, each time in `minibatches` optimiser steps; `span` is told when it prepares
-        and when it trains.
+        """Trains on a batch, `epochs` times, each time in `minibatches` optimiser steps; `span` is told when it
+        prepares and when it trains.
 
         Metrics are this rank's part of sums over ranks, but for grad_norm: losses are means over the steps, and
         `kl` is the mean over the batch's responses, nats; without a reference there is none.

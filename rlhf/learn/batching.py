@@ -27,9 +27,10 @@ log = logging.getLogger(__name__)
 class TokenBatch:
     """What a causal model is called with, and where its predictions of response tokens are.
 
-    With `trees` the batch is one row of trees, and the attention mask says nothing. `predict[n]` is the flat position (row * width + column) whose logits predict response token `targets[n]`,
-    which is token `index[n]` of the flat response tokens and belongs to response `response[n]`. `last[i]` is the
-    flat position of the last token of response `rows[i]`.
+    With `trees` the batch is one row of trees, and the attention mask says nothing. `predict[n]` is the flat position
+    (row * width + column) whose logits predict response token `targets[n]`, which is token `index[n]` of the flat
+    response tokens and belongs to response `response[n]`. `last[i]` is the flat position of the last token of response
+    `rows[i]`.
     """
 
     input_ids: torch.Tensor  # int64 [rows, width]
@@ -121,7 +122,7 @@ def _lay(trees: list[list[int]], prompts: Ragged, responses: Ragged, group: np.n
         _flat(ids)[None],
         _flat(positions)[None],
         torch.zeros(1, 1, 1, 1),
-        *[_flat(c) for c in (predict, targets, index, response, trees, ends)],
+        **_columns(predict, targets, index, response, trees, ends),
         trees=tuple(shapes),
     )
 
@@ -166,8 +167,20 @@ def _right_pad(batch: list[int], prompts: Ragged, responses: Ragged, group: np.n
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         torch.from_numpy(mask),
-        *[_flat(c) for c in (predict, targets, index, response, [batch], ends)],
+        **_columns(predict, targets, index, response, [batch], ends),
     )
+
+
+def _columns(predict: Any, targets: Any, index: Any, response: Any, rows: Any, last: Any) -> dict[str, Any]:
+    """The columns of a `TokenBatch` from their parts."""
+    return {
+        "predict": _flat(predict),
+        "targets": _flat(targets),
+        "index": _flat(index),
+        "response": _flat(response),
+        "rows": _flat(rows),
+        "last": _flat(last),
+    }
 
 
 def _flat(parts: Any) -> torch.Tensor:

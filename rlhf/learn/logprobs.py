@@ -81,7 +81,7 @@ class PolicyModel(torch.nn.Module):
             for r, t in zip(rows.split(size), targets.split(size), strict=True)
         ]
         logprobs = torch.cat([a for a, _ in parts])
-        return logprobs, torch.cat([b for _, b in parts]) if entropy else None
+        return logprobs, torch.cat([b for _, b in parts if b is not None]) if entropy else None
 
     @property
     def _plain(self) -> Any:

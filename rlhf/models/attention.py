@@ -1,6 +1,6 @@
 """Attention over trees: a prompt and the responses that branch from it, side by side in one flat sequence.
 
-Registered with transformers under `NAME`. Called without `trees`, it is PyTorch's own scaled dot product attention. With
+Registered with transformers under `NAME`. Called without `trees`, it is PyTorch's scaled dot product attention. With
 them the sequence [1, T] holds one tree after another, without padding, and each token sees its own tree only: a prompt
 token the prompt so far, a response token the prompt and its own response so far. What a response cannot see is hardly
 computed: responses attend in blocks, each against the prompt and the block.

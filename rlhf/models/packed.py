@@ -7,6 +7,8 @@ other results, layers stay as they are.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -16,7 +18,7 @@ class PackedLinear(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear, rows: int, keep: bool) -> None:
         super().__init__()
         self._rows = rows
-        self.weight: torch.nn.Parameter | None = linear.weight
+        self.weight: Any = linear.weight
         self.bias = linear.bias
         self.pack()
         if not keep:

@@ -92,9 +92,7 @@ class ScoreBatch:
         return model(**self.inputs(like)).float()
 
 
-def batches(
-    classifier: Classifier, rows: Sequence[Row], kin: Sequence[int], budget: int
-) -> list[ScoreBatch]:
+def batches(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int], budget: int) -> list[ScoreBatch]:
     """Token rows as batches; neighbours of one kin share their beginning, if the classifier packs."""
     fits = classifier.window is None or max(map(len, rows), default=0) <= classifier.window
     if classifier.packs and fits:

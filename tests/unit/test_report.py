@@ -68,6 +68,7 @@ def record(text: str = "Stir it.") -> RunRecord:
         aligned=aligned,
         baseline=baseline,
         best_of=best_of(base, np.array([[0.0, 2.0], [0.0, 0.0]]), [2]),
+        busy={"learner 0": {"train": 0.625, "publish weights": 0.125, "waiting": 0.25}},
     )
 
 
@@ -237,3 +238,12 @@ def test_examples_are_best_median_worst_with_typical_responses() -> None:
 def test_few_prompts_are_shown_once() -> None:
     samples = policy({"a": [[1.0], [2.0]]}, {"a": [0, 0]})
     assert len(before_after(samples, samples, each=4)) == 2
+
+
+def test_busy_and_waiting_of_each_process(tmp_path):
+    text = page(record(), tmp_path)
+    row = next(line for line in text.splitlines() if "<td>learner 0</td>" in line)
+    assert "train 62" in row or "train 63" in row
+    assert "publish weights 1" in row
+    assert "25\u00a0%" in row or "25 %" in row
+    assert "experiences" in row

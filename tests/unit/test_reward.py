@@ -56,7 +56,9 @@ def test_conversations_longer_than_a_sliding_window_are_scored_plainly():
         start = rng.integers(2, 30, size=4)
         rows = [np.concatenate([start, rng.integers(2, 30, size=n)]) for n in (2, longest - 4, 1)]
         expected = [model(input_ids=torch.tensor(row[None])).logits.item() for row in rows]
-        np.testing.assert_allclose(score_rows(classifier, classifier, rows, [0, 0, 0], 4096), expected, atol=2e-5)
+        np.testing.assert_allclose(
+            score_rows(classifier, classifier, rows, [0, 0, 0], 4096), expected, atol=2e-5
+        )
 
 
 def test_a_bidirectional_classifier_is_scored_plainly():
