@@ -87,6 +87,7 @@ class Controller:
         self._step: _Step | None = None
         self._pulling: set[ray.ObjectRef] = set()
         self._last = time.perf_counter()
+        self._began = time.time()
         self.spans: list[Span] = []  # what the processes did for the batches trained so far
 
     def run(self) -> None:
@@ -190,10 +191,11 @@ class Controller:
         self._ledger.trained(step.batch)
         self._pulling |= set(self._generators.set_weights(self._learner.weights(), version + 1))
         held = [self._held.pop(item) for item in step.batch]
-        self.spans += [s for _, spans in parts for s in spans]
+        found = [s for _, spans in parts for s in spans]
         for h in held:
             assert h.values is not None
-            self.spans += [*h.summary.spans, *h.values.spans]
+            found += [*h.summary.spans, *h.values.spans]
+        self.spans += [s for s in found if s.start >= self._began]  # others are of an earlier stage
         staleness = [version - h.summary.version for h in held]
         assert max(staleness) <= self._config.staleness, (version, staleness)
         now = time.perf_counter()

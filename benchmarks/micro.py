@@ -133,13 +133,18 @@ def learner() -> dict[str, Any]:
     return found
 
 
-def _batch(vocabulary: int, prompt: int, lengths: np.ndarray) -> tuple[Any, Any, np.ndarray]:
+def _batch(
+    vocabulary: int, prompt: int, lengths: np.ndarray, samples: int = SAMPLES
+) -> tuple[Any, Any, np.ndarray]:
+    """Random prompts and responses, `samples` to a prompt."""
     from rlhf.types import Ragged
 
     rng = np.random.default_rng(0)
-    prompts = Ragged.of([rng.integers(vocabulary, size=prompt) for _ in range(PER_STEP)], np.int32)
+    prompts = Ragged.of(
+        [rng.integers(vocabulary, size=prompt) for _ in range(len(lengths) // samples)], np.int32
+    )
     responses = Ragged.of([rng.integers(vocabulary, size=n) for n in lengths], np.int32)
-    return prompts, responses, np.repeat(np.arange(PER_STEP), len(lengths) // PER_STEP)
+    return prompts, responses, np.repeat(np.arange(len(prompts)), samples)
 
 
 def _rss_mb() -> float:
@@ -245,7 +250,7 @@ def tokens() -> dict[str, Any]:
         make(WORKLOADS["W3"], Path(folder))
         trainer = _trainer(f"{folder}/policy", "bfloat16", 4096)
         for times in (1, 2, 4, 8, 16):
-            parts = _parts(trainer, _batch(1000, 64, np.full(PER_STEP * 2 * times, 32)))
+            parts = _parts(trainer, _batch(1000, 64, np.full(2 * SAMPLES * times, 32)))
             count = sum(p.tokens for p in parts)
             found[str(count)] = round(median(lambda parts=parts: trainer.update(parts, 0.0)), 3)
     x, y = np.array(list(map(int, found))), np.array(list(found.values()))

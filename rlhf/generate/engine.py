@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
 from rlhf.types import Rollouts, WorkItem
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Engine(Protocol):

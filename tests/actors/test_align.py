@@ -1,5 +1,6 @@
 """The alignment loop on real actors: reproducible, bounded, and safe against dying generators."""
 
+import itertools
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 
+from rlhf import timeline
 from rlhf.logs import read_metrics
 from rlhf.types import Rewards
 
@@ -88,6 +90,33 @@ def test_staleness_is_bounded_and_used(jobs):
     assert [step["step"] for step in metrics] == [1, 2, 3, 4, 5, 6]
     assert max(step["staleness"] for step in metrics) == 1
     assert metrics[0]["staleness"] == 0
+
+
+def test_the_timeline_has_every_process_within_the_stage(jobs):
+    job = jobs.make()
+    started = time.time()
+    metrics = align(job)
+    spans = timeline.read(job.artifacts.align_path / "timeline.json")
+    tracks = {(s.track, s.name) for s in spans}
+    for number in range(2):
+        assert (f"generator {number}", "sample") in tracks
+    for name in job.config.reward_models:
+        assert (f"reward {name}", "score") in tracks
+    assert {("learner 0", "prepare"), ("learner 0", "train"), ("learner 0", "publish weights")} <= tracks
+    assert sum(s.name == "train" for s in spans) == len(metrics)
+    assert max(s.end for s in spans) <= time.time() - started
+    for track in {s.track for s in spans}:  # a process does one thing at a time
+        own = sorted((s for s in spans if s.track == track), key=lambda s: s.start)
+        assert all(a.end <= b.start + 1e-3 for a, b in itertools.pairwise(own))
+
+
+def test_bfloat16_through_every_process(jobs):
+    """Sampler and learner, which round apart, stay close, and the importance weights see the difference."""
+    job = jobs.make("dtype=bfloat16", "align.staleness=1", apart=True, bare=True)
+    job.baseline()
+    metrics = align(job)
+    assert all(0 < step["sampler_gap"] < 0.05 for step in metrics[:1])
+    assert all(np.isfinite(step["utility/combined"]) for step in metrics)
 
 
 def test_policy_moves_towards_the_reward(jobs):
