@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -41,17 +42,20 @@ class RewardModel:
 
         device = "cuda" if gpus > 0 else "cpu"
         self._recorder = Recorder(f"reward {name}")
+        self._one_at_a_time = threading.Lock()  # Serve calls from several threads; the CPUs given are for one
         self._scorer = RewardScorer(name, path, template, budget, device, dtype)
 
     def score(self, rollouts: list[ray.ObjectRef]) -> tuple[np.ndarray, tuple[Span, ...]]:
         """Rewards of the responses of one `Rollouts`, float32 [B], and what was done for them."""
         batch: Rollouts = ray.get(rollouts[0])
-        with self._recorder.span("score"):
-            rewards = self._scorer.score([batch.prompts[g] for g in batch.group], batch.texts)
-        return rewards, self._recorder.take()
+        with self._one_at_a_time:
+            with self._recorder.span("score"):
+                rewards = self._scorer.score([batch.prompts[g] for g in batch.group], batch.texts)
+            return rewards, self._recorder.take()
 
     def score_texts(self, contents: Sequence[Content], responses: Sequence[str]) -> np.ndarray:
-        return self._scorer.score(contents, responses)
+        with self._one_at_a_time:
+            return self._scorer.score(contents, responses)
 
 
 class RewardIngress:
