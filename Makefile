@@ -1,7 +1,7 @@
 # make run                          the main job, from a fresh machine to outputs/latest/report.html
 # make run ARGS="utility=linear"    the same with other values (any Hydra override)
 # make test                         lint, types, tests; ARGS go to pytest: make test ARGS="tests/unit -k quantile"
-# make bench                        speed against TRL, parts alone, scale; writes benchmarks/results.json (about half an hour)
+# make bench                        speed against TRL, parts alone, scale; writes benchmarks/results.json (the better part of an hour)
 # make run PYTHON=python3.12        another interpreter for a new .venv
 
 PYTHON ?= python3

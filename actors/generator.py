@@ -63,9 +63,8 @@ class Generator:
         from rlhf.generate.transformers_engine import TransformersEngine
         from rlhf.models.load import load_policy, load_tokenizer
 
-        if self._work is not None:  # of a stage that an error ended
-            self._work.cancel()
-            self._results.clear()
+        if self._work is not None:  # of a stage that an error ended: its callers are answered first
+            await self._work
         set_threads(self._role.cpus)  # of the thread that samples
         chat = ChatFormat(load_tokenizer(policy, "policy.path"), "policy", self._template)
         device = "cuda" if self._role.gpus > 0 else "cpu"

@@ -78,10 +78,11 @@ class LearnerRank:
         self.trainer = self._trainer(model, weight_decay, max_grad_norm)
         self.trainer.objective = objective
 
-    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> None:
+    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> bool:
         make = partial(self._trainer, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.aligner = task.start(self._device, make)
         self.trainer = self.aligner.policy
+        return self.aligner.shares_prompts
 
     @property
     def _device(self) -> str:
@@ -152,10 +153,13 @@ class LearnerGroup:
             self._join()
         ray.get([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
 
-    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> None:
+    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> bool:
+        """Whether the policy's passes share prompts."""
         if not self._joined:
             self._join()
-        ray.get([rank.load_policy.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
+        return all(
+            ray.get([rank.load_policy.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
+        )
 
     def fit(
         self, data: ray.ObjectRef, training: TrainingConfig, seed: int, start: int, stop: int

@@ -180,7 +180,11 @@ class Job:
         )
         with self.view.stage("align", c.align.steps) as progress:
             ray.get(self.roles.baseline.actor.load.remote(str(self.artifacts.statistics_path)))
-            self.roles.learner.load_policy(task, c.align.weight_decay, c.align.max_grad_norm)
+            if not self.roles.learner.load_policy(task, c.align.weight_decay, c.align.max_grad_norm):
+                self.view.line(
+                    "align: the attention of the policy or its critic cannot be replaced: prompts are computed for each "
+                    "response, and rows are padded"
+                )
             self.roles.generators.load(self.artifacts.policy_path)
 
             def fill(folder: Path) -> None:

@@ -117,7 +117,7 @@ class Rollouts:
     logprobs: np.ndarray  # float32 [T], aligned with tokens.values
     finished: np.ndarray  # bool [B]: ended by the end-of-sequence token (else cut at the length limit)
     texts: tuple[str, ...]  # [B]: decoded responses, special tokens removed
-    seconds: float = 0.0  # wall time the generator spent
+    seconds: float = 0.0  # wall time from the item's arrival at the generator to its last token
 
     @property
     def responses(self) -> int:

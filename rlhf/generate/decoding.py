@@ -35,6 +35,9 @@ class RowCache(Protocol):
     def release(self, handle: int) -> None:
         """A prompt that no row will join any more."""
 
+    def clear(self) -> None:
+        """Forgets all, when no row is left: what comes next must not depend on what was, not even by rounding."""
+
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends a token to each row, int64 [R]; the logits of the next, float32 [R, V]."""
 
@@ -154,6 +157,10 @@ class SharedCache(Cache):
     def release(self, handle: int) -> None:
         self._lengths[handle] = 0
 
+    def clear(self) -> None:
+        assert not len(self._handle)
+        self._prompts, self._lengths = {}, []
+
     def _arrange(self) -> None:
         """Where each row is among its prompt's rows, for attention to a prompt by all of its rows at once."""
         self._rows = torch.arange(len(self._handle), device=self._device)
@@ -214,9 +221,8 @@ class SharedCache(Cache):
         q = query.to(own_k.dtype).view(rows, key_heads, groups, width)
         prompt_k, prompt_v = prompt_k[:places], prompt_v[:places]
 
-        def by_prompt(
-            x: torch.Tensor,
-        ) -> torch.Tensor:  # [R, key heads, groups, n] -> [P, key heads, most * groups, n]
+        def by_prompt(x: torch.Tensor) -> torch.Tensor:
+            """[R, key heads, groups, n] -> [P, key heads, most * groups, n]"""
             x = (x if self._in_order else x[self._source]).view(places, most, key_heads, groups, -1)
             return x.transpose(1, 2).reshape(places, key_heads, most * groups, -1)
 
@@ -290,6 +296,9 @@ class PlainCache:
 
     def release(self, handle: int) -> None:
         """Prompts leave with their rows."""
+
+    def clear(self) -> None:
+        """The next `prefill` starts a new cache."""
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], 1)

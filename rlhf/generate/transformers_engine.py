@@ -25,9 +25,8 @@ from rlhf.models.packed import pack, pack_again
 from rlhf.models.precision import cast, dtype_of
 from rlhf.types import Ragged, Rollouts, WorkItem, prompt_id
 
-COMPACT_SHARE = (
-    0.75  # rows are rearranged when no more than this share of the slots, or of the rows, is alive
-)
+COMPACT_SHARE = 0.75
+"""Rows are rearranged when no more than this share of the slots, or of the rows, is alive."""
 
 
 @dataclass
@@ -175,6 +174,7 @@ class TransformersEngine:
         self._done = []
         if not going.any() and not (self._cache.joins and self._waiting):
             self._leave(rows, np.zeros(0, np.int64))
+            self._cache.clear()
             self._rows = None
             return done
         free = self._cache.joins and self._waiting and going.sum() <= COMPACT_SHARE * self.slots

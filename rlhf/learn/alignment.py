@@ -11,7 +11,7 @@ import torch
 
 from rlhf.config import AlgorithmConfig
 from rlhf.learn.advantages import ADVANTAGES, Outcome, scaled
-from rlhf.learn.batching import Layout, TokenBatch
+from rlhf.learn.batching import Layout, TokenBatch, pad
 from rlhf.learn.critic import token_values, value_loss
 from rlhf.learn.experience import Merged
 from rlhf.learn.kl import ESTIMATORS
@@ -62,6 +62,11 @@ class Aligner:
         assert (critic is not None) == (settings.advantage == "gae")
         self.policy, self.reference, self.critic = policy, reference, critic
         self._settings, self._limit, self._lay = settings, max_new_tokens, lay
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether prompts are computed once and nothing is padded, while sequences fit a sliding window."""
+        return self._lay is not pad
 
     def step(
         self,

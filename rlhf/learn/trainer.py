@@ -63,13 +63,14 @@ def deepspeed_settings(
 ) -> dict:
     """The DeepSpeed configuration of a learner."""
     on_cpu = not torch.cuda.is_available()
-    optimizer = {
+    optimizer: dict[str, Any] = {
         "lr": learning_rate,
         "weight_decay": weight_decay,
         "betas": [0.9, 0.95],
         "torch_adam": on_cpu,
-        **({"fused": True} if on_cpu else {}),
     }
+    if on_cpu:
+        optimizer["fused"] = True
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}

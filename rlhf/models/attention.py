@@ -32,10 +32,6 @@ class Tree:
     blocks: tuple[int, ...]
     masks: tuple[torch.Tensor, ...]
 
-    @property
-    def length(self) -> int:
-        return self.prompt + sum(self.blocks)
-
     def to(self, device: torch.device, dtype: torch.dtype) -> Tree:
         return Tree(self.prompt, self.blocks, tuple(m.to(device, dtype) for m in self.masks))
 

@@ -90,6 +90,7 @@ def step(model, reference, algorithm, experiences, kl_coef, world=1, budget=4096
         aligner = Aligner(
             Rank(model, rank, world, budget), held, value, algorithm, 8, pack if packing else pad
         )
+        assert aligner.shares_prompts == packing
         for key, v in aligner.step(experiences, kl_coef, 0.1, 0.1).items():
             totals[key] = totals.get(key, 0.0) + v
     return totals["loss"], torch.cat([p.grad.flatten() for p in model.parameters()]), totals

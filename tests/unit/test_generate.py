@@ -134,6 +134,18 @@ def test_work_items_side_by_side_are_what_they_are_alone(engine, policy_folder):
         np.testing.assert_allclose(found[ticket].logprobs, expected.logprobs, atol=2e-5)
 
 
+def test_an_item_does_not_depend_on_those_before_it(engine, policy_folder):
+    """To the bit: which generator gets an item must not change it."""
+    item = WorkItem(1, PROMPTS[2:3], samples=5, seed=4)
+    fresh = make(policy_folder).generate(item)
+    engine.generate(WorkItem(0, PROMPTS, samples=6, seed=3))  # more prompts, and longer ones
+    cache = engine._cache
+    assert (cache._prompts, cache._lengths) == ({}, [])
+    after = engine.generate(item)
+    assert after.texts == fresh.texts
+    np.testing.assert_array_equal(after.logprobs, fresh.logprobs)
+
+
 def test_responses_under_way_keep_the_version_they_began_with(engine):
     ticket = engine.submit(WorkItem(0, PROMPTS, samples=2, seed=1))
     engine.advance()
