@@ -182,8 +182,8 @@ class Job:
             ray.get(self.roles.baseline.actor.load.remote(str(self.artifacts.statistics_path)))
             if not self.roles.learner.load_policy(task, c.align.weight_decay, c.align.max_grad_norm):
                 self.view.line(
-                    "align: the attention of the policy or its critic cannot be replaced: prompts are computed for each "
-                    "response, and rows are padded"
+                    "align: the attention of the policy or its critic cannot be replaced: prompts are computed for "
+                    "each response, and rows are padded"
                 )
             self.roles.generators.load(self.artifacts.policy_path)
 
