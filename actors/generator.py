@@ -13,7 +13,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from actors.resources import actor_options, set_threads
+from actors.resources import actor_options, keep_memory, set_threads
 from rlhf.config import RoleConfig, RolloutConfig
 from rlhf.generate.engine import Engine
 from rlhf.timeline import Recorder, Span
@@ -42,6 +42,7 @@ class Generator:
         self, number: int, rollout: RolloutConfig, chat_template: str | None, role: RoleConfig
     ) -> None:
         set_threads(role.cpus)
+        keep_memory()
         import rlhf.generate.transformers_engine  # noqa: F401 - now, and not in the first call
 
         self._rollout, self._template, self._role = rollout, chat_template, role

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.resources import actor_options, set_threads
+from actors.resources import actor_options, keep_memory, set_threads
 from rlhf.config import DeepSpeedConfig, RoleConfig, TrainingConfig
 from rlhf.timeline import Recorder, Span
 from rlhf.types import Experience
@@ -40,6 +40,7 @@ class LearnerRank:
         self.rank, self.world, self.config, self.role = rank, world, config, role
         self._recorder = Recorder(f"learner {rank}")
         set_threads(role.cpus)
+        keep_memory()
         if role.gpus == 0:
             os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+import sys
 from typing import Any
 
 from rlhf.config import Config, RoleConfig
@@ -23,6 +25,16 @@ def set_threads(cpus: float) -> None:
     import torch
 
     torch.set_num_threads(threads(cpus))
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory it frees: the system clears each page that it gives again, which costs a
+    forward pass on the CPU a sixth of its time. For glibc; other allocators are left alone."""
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # as malloc.h has them
+    libc.mallopt(mmap_threshold, 32 * 2**20)  # the most it takes
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def asked(config: Config) -> dict[str, float]:

@@ -20,7 +20,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 
-from actors.resources import set_threads
+from actors.resources import keep_memory, set_threads
 from rlhf.config import ResourcesConfig, RewardModelConfig
 from rlhf.timeline import Recorder, Span
 from rlhf.types import Content, Rewards, Rollouts
@@ -38,6 +38,7 @@ class RewardModel:
         self, name: str, path: str, template: str | None, budget: int, dtype: str, cpus: float, gpus: float
     ) -> None:
         set_threads(cpus)
+        keep_memory()
         from rlhf.models.reward import RewardScorer
 
         device = "cuda" if gpus > 0 else "cpu"

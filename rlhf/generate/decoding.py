@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from rlhf.models.attention import Tree
+from rlhf.models.trees import Tree
 
+ROOM = 16
+"""Own tokens by which the room for them grows."""
 HIDDEN = torch.finfo(torch.float32).min
 
 
@@ -43,23 +45,26 @@ class RowCache(Protocol):
 
 
 class SharedCache(Cache):
-    """Prompts [P, key heads, L, width] and own tokens [slots, key heads, max_new, width] of each layer.
+    """Prompts [P, key heads, L, width] and own tokens [R, key heads, room, width] of each layer.
 
-    On a CPU they are float32, whatever the model computes in.
+    On a CPU they are float32, whatever the model computes in, and without gaps: a processor reads what lies in a row
+    several times as fast as pieces of it.
     """
 
     joins = True
 
-    def __init__(self, model: PreTrainedModel, slots: int, max_new: int, budget: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_new: int, budget: int) -> None:
         super().__init__(layers=[])
-        self._model, self._slots, self._max_new, self._budget = model, slots, max_new, budget
+        self._model, self._max_new, self._budget = model, max_new, budget
         self._device = next(model.parameters()).device
         self._prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer
-        self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._own: dict[int, tuple[torch.Tensor, ...]] = {}
         self._new: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None  # a prefill's, by layer
         self._lengths: list[int] = []  # of the prompt in each place; 0: free
         self._handle = torch.zeros(0, dtype=torch.long)  # [R], the place of each row's prompt
         self._count = torch.zeros(0, dtype=torch.long)  # [R], own tokens so far
+        self._own_room = 0  # tokens
+        self._nexts: dict[int, torch.Tensor] = {}  # by key heads
         self._masks: dict[int | None, torch.Tensor] = {}  # additive [R, 1, 1, L + own], by window
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -72,16 +77,28 @@ class SharedCache(Cache):
         if self._new is not None:
             self._new[layer_idx] = (key_states, value_states)
             return key_states, value_states
+        pair = (key_states, value_states)
         if layer_idx not in self._own:
-            shape = (self._slots, key_states.shape[1], self._max_new, key_states.shape[-1])
-            dtype = self._dtype(key_states)
-            self._own[layer_idx] = (
-                key_states.new_zeros(shape, dtype=dtype),
-                value_states.new_zeros((*shape[:3], value_states.shape[-1]), dtype=dtype),
+            self._own[layer_idx] = tuple(
+                x.new_zeros(*x.shape[:2], self._own_room, x.shape[3], dtype=self._dtype(x)) for x in pair
             )
-        for kept, new in zip(self._own[layer_idx], (key_states, value_states), strict=True):
-            kept[self._rows, :, self._count] = new[:, :, 0].to(kept.dtype)
+        for kept, new in zip(self._own[layer_idx], pair, strict=True):
+            kept.flatten(0, 2).index_copy_(0, self._next(new.shape[1]), new.flatten(0, 2).to(kept.dtype))
         return key_states, value_states
+
+    def _next(self, heads: int) -> torch.Tensor:
+        """Where the rows' next tokens go among all rows, heads and places, int64 [R * heads]."""
+        if heads not in self._nexts:
+            row = torch.arange(heads * len(self._handle), device=self._device)
+            self._nexts[heads] = row * self._own_room + self._count.repeat_interleave(heads)
+        return self._nexts[heads]
+
+    def _fit(self) -> None:
+        """Makes own keys and values as large as the rows and the room."""
+        size = (len(self._handle), self._own_room)
+        for layer, pair in self._own.items():
+            if pair[0].shape[::2] != size:
+                self._own[layer] = tuple(_enlarged(x, *size) for x in pair)
 
     def _dtype(self, like: torch.Tensor) -> torch.dtype:
         return torch.float32 if like.device.type == "cpu" else like.dtype
@@ -106,7 +123,7 @@ class SharedCache(Cache):
         positions = torch.cat([torch.arange(n, device=self._device) for n in lengths])[None]
         self._new = {}
         ends = torch.tensor(lengths, device=self._device).cumsum(0) - 1
-        logits = self._call(ids, positions, trees=[Tree(n, (), ()) for n in lengths], logits_to_keep=ends)[0]
+        logits = self._call(ids, positions, trees=[Tree(n) for n in lengths], logits_to_keep=ends)[0]
         new, self._new = self._new, None
         handles = [self._place(n) for n in lengths]
         for layer, (keys, values) in new.items():
@@ -144,14 +161,16 @@ class SharedCache(Cache):
     def join(self, handles: Sequence[int]) -> None:
         self._handle = torch.cat([self._handle, torch.tensor(handles, dtype=torch.long)])
         self._count = torch.cat([self._count, torch.zeros(len(handles), dtype=torch.long)])
+        self._fit()
         self._arrange()
 
     def keep(self, rows: torch.Tensor) -> None:
-        longest = int(self._count[rows].max()) if len(rows) else 0
-        for pair in self._own.values():
-            for kept in pair:
-                kept[: len(rows), :, :longest] = kept[rows.to(kept.device), :, :longest]
         self._handle, self._count = self._handle[rows], self._count[rows]
+        self._own_room = min(self._own_room, self._wanted())
+        rows = rows.to(self._device)
+        self._own = {
+            layer: tuple(x[:, :, : self._own_room][rows] for x in own) for layer, own in self._own.items()
+        }
         self._arrange()
 
     def release(self, handle: int) -> None:
@@ -159,11 +178,15 @@ class SharedCache(Cache):
 
     def clear(self) -> None:
         assert not len(self._handle)
-        self._prompts, self._lengths = {}, []
+        self._prompts, self._own, self._lengths, self._own_room = {}, {}, [], 0
+
+    def _wanted(self) -> int:
+        """Own tokens to have room for, so that it rarely grows."""
+        most = int(self._count.max()) + 1 if len(self._count) else 0
+        return min(self._max_new, -(-most // ROOM) * ROOM)
 
     def _arrange(self) -> None:
         """Where each row is among its prompt's rows, for attention to a prompt by all of its rows at once."""
-        self._rows = torch.arange(len(self._handle), device=self._device)
         places = max(len(self._lengths), 1)
         taken = [0] * places
         spot = []
@@ -185,7 +208,9 @@ class SharedCache(Cache):
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         self._count = self._count.clamp_max(self._max_new - 1)  # a row that has ended stays where it is
         positions = (self._prompt_lengths + self._count).to(self._device)
-        self._masks = {}
+        self._masks, self._nexts = {}, {}
+        self._own_room = max(self._own_room, self._wanted())
+        self._fit()
         self._count = self._count.to(self._device)
         logits = self._call(tokens[:, None], positions[:, None], decoding=self)[:, -1]
         self._count = self._count.cpu() + 1
@@ -216,7 +241,6 @@ class SharedCache(Cache):
         key_heads = own_k.shape[1]
         groups = heads // key_heads
         mask = self._mask(window)
-        own = mask.shape[-1] - prompt_k.shape[2]
         scale = width**-0.5 if scaling is None else scaling
         q = query.to(own_k.dtype).view(rows, key_heads, groups, width)
         prompt_k, prompt_v = prompt_k[:places], prompt_v[:places]
@@ -234,7 +258,7 @@ class SharedCache(Cache):
         scores = torch.cat(
             [
                 by_row(by_prompt(q) @ prompt_k.transpose(-1, -2)),
-                q @ own_k[:rows, :, :own].transpose(-1, -2),
+                q @ own_k.transpose(-1, -2),
             ],
             -1,
         ).float()
@@ -242,8 +266,8 @@ class SharedCache(Cache):
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         shares = torch.softmax(scores + mask, -1).to(own_v.dtype)
-        left, right = shares.split([prompt_k.shape[2], own], -1)
-        out = by_row(by_prompt(left) @ prompt_v) + right @ own_v[:rows, :, :own]
+        left, right = shares.split([prompt_k.shape[2], own_k.shape[2]], -1)
+        out = by_row(by_prompt(left) @ prompt_v) + right @ own_v
         return out.reshape(rows, heads, 1, -1).to(query.dtype)
 
     def _mask(self, window: int | None) -> torch.Tensor:
@@ -254,7 +278,7 @@ class SharedCache(Cache):
             longest = next(iter(self._prompts.values()))[0].shape[2]
             at, count = torch.arange(longest)[None], self._count.cpu()[:, None]
             lengths = self._prompt_lengths[:, None]
-            own = torch.arange(int(count.max()) + 1)[None]
+            own = torch.arange(self._own_room)[None]
             hidden_prompt, hidden_own = at >= lengths, own > count
             if window is not None:
                 hidden_prompt = hidden_prompt | (lengths + count - at >= window)
@@ -263,6 +287,12 @@ class SharedCache(Cache):
             mask = torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN)
             self._masks[window] = mask[:, None, None].to(self._device)
         return self._masks[window]
+
+
+def _enlarged(x: torch.Tensor, rows: int, room: int) -> torch.Tensor:
+    """[R, heads, room, width] with zeros after its rows and tokens."""
+    x = torch.cat([x, x.new_zeros(*x.shape[:2], room - x.shape[2], x.shape[3])], 2)
+    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 class PlainCache:

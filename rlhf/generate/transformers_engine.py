@@ -122,7 +122,7 @@ class TransformersEngine:
         cast(model, dtype_of(dtype, device))
         pack(model, min(slots, 64), keep=True, leave=model.get_output_embeddings())
         self._cache: RowCache = (
-            SharedCache(model, slots, max_new_tokens, budget) if is_ours(model) else PlainCache(model)
+            SharedCache(model, max_new_tokens, budget) if is_ours(model) else PlainCache(model)
         )
         self._waiting: deque[_Prompt] = deque()
         self._rows: _Rows | None = None

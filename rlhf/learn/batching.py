@@ -1,7 +1,7 @@
 """Token batches without padding: prompts shared, sequences laid side by side, positions restarted.
 
 A *tree* is a prompt with some of its responses: the prompt is computed once, and each response sees it and itself
-(`rlhf/models/attention.py`). It is exact: the log-probabilities are those of the plain, padded way (`pad`), which
+(`rlhf/models/trees.py`). It is exact: the log-probabilities are those of the plain, padded way (`pad`), which
 serves models whose attention is their own.
 """
 
@@ -17,7 +17,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf.models import attention
-from rlhf.models.attention import Tree
+from rlhf.models.trees import Tree
 from rlhf.types import Ragged
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,7 @@ class TokenBatch:
         }
         if self.trees is None:
             return plain
-        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-        return plain | {"trees": [tree.to(like.device, dtype) for tree in self.trees]}
+        return plain | {"trees": self.trees}
 
 
 def pack(
@@ -117,7 +116,7 @@ def _lay(trees: list[list[int]], prompts: Ragged, responses: Ragged, group: np.n
             response.append(np.full(len(own), row))
             ends.append([here[-1]])
             at += len(own)
-        shapes.append(Tree.of(len(prompt), [int(responses.lengths[row]) for row in tree]))
+        shapes.append(Tree(len(prompt), tuple(int(responses.lengths[row]) for row in tree)))
     return TokenBatch(
         _flat(ids)[None],
         _flat(positions)[None],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
 from rlhf.learn.batching import TokenBatch
-from rlhf.models.attention import Tree, is_ours
+from rlhf.models.attention import is_ours
+from rlhf.models.trees import Tree
 
 
 class ValueModel(torch.nn.Module):
@@ -25,7 +28,7 @@ class ValueModel(torch.nn.Module):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         predict: torch.Tensor | None = None,
-        trees: list[Tree] | None = None,
+        trees: Sequence[Tree] | None = None,
     ) -> torch.Tensor:
         """Values at the flat positions `predict`, [N], or at all, [rows * width]."""
         assert trees is None or is_ours(self.inner)

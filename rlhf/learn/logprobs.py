@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.learn.batching import Layout, TokenBatch, layout
-from rlhf.models.attention import Tree, is_ours
+from rlhf.models.attention import is_ours
+from rlhf.models.trees import Tree
 
 CHUNK = 2**24
 """Logits held at a time, float32: 64 MiB."""
@@ -51,7 +53,7 @@ class PolicyModel(torch.nn.Module):
         targets: torch.Tensor | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
-        trees: list[Tree] | None = None,
+        trees: Sequence[Tree] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities float32 [N] of `targets` int64 [N] at the flat positions `predict` int64 [N], at the
         sampling temperature; and, if asked for, the entropies of their distributions, nats, float32 [N]."""

@@ -1,11 +1,10 @@
-"""Attention over trees: a prompt and the responses that branch from it, side by side in one flat sequence.
+"""The attention that models here are given: over trees, while sampling, or plain.
 
 Registered with transformers under `NAME`. Called without `trees`, it is PyTorch's scaled dot product attention. With
-them the sequence [1, T] holds one tree after another, without padding, and each token sees its own tree only: a prompt
-token the prompt so far, a response token the prompt and its own response so far. What a response cannot see is hardly
-computed: responses attend in blocks, each against the prompt and the block.
+them the sequence [1, T] holds one tree after another, without padding, and each token sees its own tree only
+(`rlhf/models/trees.py`).
 
-On a CPU queries, keys and values are float32 here: its bfloat16 kernel is slower backward.
+Scores are float32 on a CPU, whatever the model computes in.
 """
 
 from __future__ import annotations
@@ -20,40 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.models.trees import Tree, TreeAttention, hiding, places
+
 NAME = "rlhf_trees"
-BLOCK = 128  # response tokens that attend together, at least; the prompt's length, if that is more
-
-
-@dataclass(frozen=True)
-class Tree:
-    """`prompt` tokens, then blocks of whole responses; `masks[b]` is additive, [block, prompt + block]."""
-
-    prompt: int
-    blocks: tuple[int, ...]
-    masks: tuple[torch.Tensor, ...]
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Tree:
-        return Tree(self.prompt, self.blocks, tuple(m.to(device, dtype) for m in self.masks))
-
-    @classmethod
-    def of(cls, prompt: int, responses: Sequence[int]) -> Tree:
-        """Of a prompt and its responses, by their lengths."""
-        room = max(BLOCK, prompt)
-        blocks: list[list[int]] = []
-        for length in responses:
-            if blocks and sum(blocks[-1]) + length <= room:
-                blocks[-1].append(length)
-            else:
-                blocks.append([length])
-        return cls(prompt, tuple(map(sum, blocks)), tuple(_mask(prompt, block) for block in blocks))
-
-
-def _mask(prompt: int, responses: Sequence[int]) -> torch.Tensor:
-    """What the tokens of a block of responses see, additive float32 [block, prompt + block]."""
-    own = torch.repeat_interleave(torch.arange(len(responses)), torch.tensor(responses))
-    visible = (own[:, None] == own[None, :]).tril_()
-    hidden = torch.cat([torch.zeros(len(own), prompt, dtype=torch.bool), ~visible], 1)
-    return torch.zeros(hidden.shape).masked_fill_(hidden, torch.finfo(torch.float32).min)
 
 
 def attention(
@@ -78,27 +46,31 @@ def attention(
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
     groups = query.shape[1] // key.shape[1]
-    dtype = query.dtype
-    if query.device.type == "cpu":
-        query, key, value = query.float(), key.float(), value.float()
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    dtype, cpu = query.dtype, query.device.type == "cpu"
+    if trees is not None and cpu and softcap is None and all(tree.short for tree in trees):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return TreeAttention.apply(query[0], key[0], value[0], trees, scale).transpose(0, 1)[None], None
+    if cpu:
+        query, key, value = query.float(), key.float(), value.float()
     if trees is None:
-        mask = _additive(attention_mask, query)
-        out = _attend(query, key, value, mask, scaling, softcap)
-        return out.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), None
-    sizes = [n for tree in trees for n in (tree.prompt, *tree.blocks)]
-    queries, keys, values = (iter(x.split(sizes, 2)) for x in (query, key, value))
-    parts = []
-    for tree in trees:
-        q, k, v = next(queries), next(keys), next(values)
-        if tree.prompt:
-            parts.append(_attend(q, k, v, None, scaling, softcap))
-        for mask in tree.masks:
-            own_k, own_v = next(keys), next(values)
-            both = torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
-            parts.append(_attend(next(queries), *both, mask, scaling, softcap))
-    return torch.cat(parts, 2).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), None
+        out = _attend(query, key, value, _additive(attention_mask, query), scaling, softcap)
+    else:
+        parts = [
+            _attend(
+                query[:, :, at + part.start : at + part.stop],
+                part.keys(key[0], at)[None],
+                part.keys(value[0], at)[None],
+                part.mask,
+                scaling,
+                softcap,
+            )
+            for at, tree in places(trees)
+            for part in tree.parts(query)
+        ]
+        out = torch.cat(parts, 2)
+    return out.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), None
 
 
 def _attend(
@@ -117,7 +89,7 @@ def _attend(
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
-        mask = _mask(0, [query.shape[2]]).to(scores)
+        mask = hiding(0, [query.shape[2]]).to(scores)
     return torch.softmax(scores + mask, -1) @ value
 
 

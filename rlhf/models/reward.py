@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from rlhf.data.chat import ChatFormat
 from rlhf.learn.batching import TokenBatch, attention_window, by_length, pack
 from rlhf.models import attention
-from rlhf.models.attention import Tree
 from rlhf.models.load import load_reward_model, load_tokenizer, max_positions
 from rlhf.models.packed import pack as pack_layers
 from rlhf.models.precision import cast, dtype_of
+from rlhf.models.trees import Tree
 from rlhf.types import Content, Ragged
 
 Row = Sequence[int] | np.ndarray
@@ -44,7 +44,7 @@ class Classifier(torch.nn.Module):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         last: torch.Tensor | None = None,
-        trees: list[Tree] | None = None,
+        trees: Sequence[Tree] | None = None,
     ) -> torch.Tensor:
         """Rewards: of the conversations that end at the flat positions `last`, or of each padded row."""
         if last is None:

@@ -20,6 +20,7 @@ from transformers import (
 from rlhf.learn.batching import attention_window, by_length, pack, pad, takes_packing
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
 from rlhf.models.load import load_policy
+from rlhf.models.trees import places
 from rlhf.types import Ragged
 from tests.tiny import config
 
@@ -67,18 +68,13 @@ def test_equals_the_model_on_single_sequences(policy_folder, way, budget):
 
 
 def seen_from(batch, position: int) -> torch.Tensor:
-    """Places of the flat sequence that a token attends to, by the batch's trees."""
-    start = 0
-    for tree in batch.trees:
-        prompt = torch.arange(start, start + tree.prompt)
-        if position < start + tree.prompt:
-            return prompt[: position - start + 1]
-        start += tree.prompt
-        for block, mask in zip(tree.blocks, tree.masks, strict=True):
-            if position < start + block:
-                keys = torch.cat([prompt, torch.arange(start, start + block)])
-                return keys[mask[position - start] == 0]
-            start += block
+    """Places of the flat sequence that a token attends to, by the parts of the batch's trees."""
+    everywhere = torch.arange(batch.input_ids.shape[1])[None]
+    for start, tree in places(batch.trees):
+        for part in tree.parts(torch.zeros(1)):
+            row = position - start - part.start
+            if 0 <= row < part.stop - part.start:
+                return part.keys(everywhere, start)[0][part.mask[row] == 0]
     raise AssertionError(position)
 
 

@@ -46,7 +46,7 @@ def examples(vocabulary: int = 30):
 @pytest.mark.parametrize("model_config", CONFIGS, ids=lambda c: c.model_type)
 @pytest.mark.parametrize("block", [8, 128])
 def test_packed_logprobs_and_gradients_equal_single_sequences(model_config, block, monkeypatch):
-    monkeypatch.setattr("rlhf.models.attention.BLOCK", block)
+    monkeypatch.setattr("rlhf.models.trees.BLOCK", block)
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(model_config).eval()
     policy = PolicyModel(copy.deepcopy(plain))
