@@ -21,7 +21,7 @@ class Cluster:
         self.own = address is None
         logging.getLogger("ray").setLevel(logging.ERROR)
         if self.own:
-            _bind_locally()
+            _settle()
         port = config.resources.dashboard_port
         dashboard = {"include_dashboard": port is not None, "dashboard_port": port}
         ray.init(
@@ -45,8 +45,10 @@ class Cluster:
         ray.shutdown()
 
 
-def _bind_locally() -> None:
-    """A single machine's Ray listens on 127.0.0.1 only, and leaves out what a short run does not need."""
+def _settle() -> None:
+    """A single machine's Ray listens on 127.0.0.1 only, and leaves out what a short run does not need. Its workers get
+    the priority of any other process: by default they yield to all, and ranks then wait for each other."""
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -31,14 +31,16 @@ RESULTS = Path(__file__).with_name("results.json")
 TURNS = {"W1": (6, 24), "W2": (3, 10), "W3": (2, 6)}
 """Steps of the peer and of ours in a round, after the warm-up."""
 
-ONE_AT_A_TIME = [
-    "resources.generators={count: 1, cpus: 2, gpus: 0}",
-    "resources.learner={count: 2, cpus: 0, gpus: 0}",
+SIDE_BY_SIDE = [
+    "align.staleness=1",
+    "resources.generators={count: 1, cpus: 1, gpus: 0}",
+    "resources.learner={count: 1, cpus: 1, gpus: 0}",
     "resources.reward={count: 1, cpus: 0, gpus: 0}",
+    f"rollout.prompts_per_item={PER_STEP}",
 ]
 OURS = {
     "W1": ["dtype=bfloat16", "align.staleness=1"],
-    "W2": ["dtype=bfloat16", *ONE_AT_A_TIME, f"rollout.prompts_per_item={PER_STEP}"],
+    "W2": ["dtype=bfloat16", *SIDE_BY_SIDE],
     "W3": ["dtype=bfloat16"],
 }
 """Our configuration, by workload; the peer's best was chosen from float32 and bfloat16."""

@@ -132,6 +132,7 @@ class TreeAttention(torch.autograd.Function):
             for part in tree.parts(exact_query):
                 tokens = slice(at + part.start, at + part.stop)
                 keys = part.keys(exact_key, at).transpose(1, 2)
+                assert part.mask is not None
                 scores = torch.baddbmm(part.mask, exact_query[:, tokens], keys, alpha=scale)
                 shares = torch.softmax(scores, -1).to(value.dtype)
                 out[:, tokens] = torch.bmm(shares, part.keys(value, at))
