@@ -8,9 +8,12 @@ Overrides are Hydra's, after those of the workload.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,41 @@ from rlhf.config_checks import typed
 from rlhf.logs import read_metrics
 
 WARM_UP = 2  # steps left out: first calls of everything
+
+
+MODELS = ("ray::LearnerRank", "ray::Generator", "ray::ServeReplica:rewards")
+"""Processes that compute with models, by the beginning of their titles; but not the one that passes calls on."""
+
+
+class OtherProcesses(threading.Thread):
+    """CPU seconds of the processes of this run that hold no model, read every two seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._read: list[tuple[float, float]] = []  # time, CPU seconds so far
+        self._used: dict[int, float] = {}
+
+    def run(self) -> None:
+        import psutil
+
+        while True:
+            here = psutil.Process()
+            for process in [here, *here.children(recursive=True)]:
+                try:
+                    title = " ".join(process.cmdline())
+                    used = process.cpu_times()
+                except psutil.Error:
+                    continue
+                if not title.startswith(MODELS) or title.rstrip().endswith("ingress"):
+                    self._used[process.pid] = used.user + used.system
+            self._read.append((time.time(), sum(self._used.values())))
+            time.sleep(2.0)
+
+    def share(self, start: float, end: float) -> float:
+        """Of the CPU time that there was between two times."""
+        read = [(t, used) for t, used in self._read if start <= t <= end]
+        (first, before), (last, after) = read[0], read[-1]
+        return (after - before) / (last - first) / len(os.sched_getaffinity(0))
 
 
 def configure(workload: str, world: Path, output: Path, steps: int, overrides: Sequence[str]) -> Config:
@@ -63,7 +101,8 @@ def measure(workload: str, world: Path, steps: int, overrides: Sequence[str]) ->
     from actors.session import Session
     from rlhf.store import Store
 
-    session = Session()
+    session, others = Session(), OtherProcesses()
+    others.start()
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary)
         config = configure(workload, world, output, steps, overrides)
@@ -74,6 +113,7 @@ def measure(workload: str, world: Path, steps: int, overrides: Sequence[str]) ->
         store = Store(output / "store")
         folder = Artifacts(config, preflight(config, store), store).align_path
         metrics, spans = read_metrics(folder)[WARM_UP:], timeline.read(folder / "timeline.json")
+        written = (folder / "timeline.json").stat().st_mtime
     seconds = [m["seconds"] for m in metrics]
     end = max(s.end for s in spans)
     start = end - sum(seconds)
@@ -83,6 +123,7 @@ def measure(workload: str, world: Path, steps: int, overrides: Sequence[str]) ->
         "step_s": [round(s, 4) for s in seconds],
         "samples_per_s": samples / statistics.fmean(seconds),
         "idle_share": 1 - timeline.covered(spans, start, end),
+        "other_processes": others.share(written - sum(seconds), written),
         "shares": timeline.shares(spans, start, end),
         "response_tokens": statistics.fmean(m["response_tokens"] for m in metrics),
         "means": {k: round(statistics.fmean(m[k] for m in metrics), 4) for k in keys},
