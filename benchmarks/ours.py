@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.workloads import KL_COEF, PER_STEP, PROMPTS, SAMPLES, WORKLOADS
 from rlhf import timeline
 from rlhf.config import Config
@@ -57,9 +59,9 @@ class OtherProcesses(threading.Thread):
 
     def share(self, start: float, end: float) -> float:
         """Of the CPU time that there was between two times."""
-        read = [(t, used) for t, used in self._read if start <= t <= end]
-        (first, before), (last, after) = read[0], read[-1]
-        return (after - before) / (last - first) / len(os.sched_getaffinity(0))
+        times, used = zip(*self._read, strict=True)
+        before, after = np.interp([start, end], times, used)
+        return float(after - before) / (end - start) / len(os.sched_getaffinity(0))
 
 
 def configure(workload: str, world: Path, output: Path, steps: int, overrides: Sequence[str]) -> Config:

@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.data.chat import ChatFormat
-from rlhf.generate.decoding import PlainCache, RowCache, SharedCache
+from rlhf.generate.decoding import PlainCache, RowCache
+from rlhf.generate.shared_cache import SharedCache
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
 from rlhf.models.attention import is_ours
 from rlhf.models.load import end_tokens, max_positions

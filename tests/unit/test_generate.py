@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from rlhf.data.chat import ChatFormat
-from rlhf.generate.decoding import PlainCache, SharedCache
+from rlhf.generate.decoding import PlainCache
+from rlhf.generate.shared_cache import SharedCache
 from rlhf.generate.transformers_engine import TransformersEngine, draw
 from rlhf.models.load import load_policy, load_tokenizer
 from rlhf.types import WorkItem
