@@ -30,7 +30,7 @@ class TokenBatch:
     With `trees` the batch is one row of trees, and the attention mask says nothing. `predict[n]` is the flat position
     (row * width + column) whose logits predict response token `targets[n]`, which is token `index[n]` of the flat
     response tokens and belongs to response `response[n]`. `last[i]` is the flat position of the last token of response
-    `rows[i]`.
+    `rows[i]`, where the batch has it.
     """
 
     input_ids: torch.Tensor  # int64 [rows, width]
@@ -41,7 +41,7 @@ class TokenBatch:
     index: torch.Tensor  # int64 [N]
     response: torch.Tensor  # int64 [N]
     rows: torch.Tensor  # int64 [responses in the batch]
-    last: torch.Tensor  # int64 [responses in the batch]
+    last: torch.Tensor | None = None  # int64 [responses in the batch]
     trees: tuple[Tree, ...] | None = None
 
     def inputs(self, like: torch.Tensor) -> dict[str, Any]:
@@ -57,35 +57,42 @@ class TokenBatch:
 
 
 def pack(
-    prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int
+    prompts: Ragged,
+    responses: Ragged,
+    group: np.ndarray,
+    rows: Sequence[int],
+    budget: int,
+    ends: bool = False,
 ) -> list[TokenBatch]:
     """Lays the responses `rows` (indices into `responses`, siblings adjacent) with their prompts into batches.
 
-    A batch holds at most `budget` tokens, or one tree. A tree over the budget is split by its responses.
+    A batch holds at most `budget` tokens, or one tree. A tree over the budget is split by its responses. The last token
+    of a response predicts none and is left out, but with `ends`, for models that read it.
 
     >>> prompts, responses = Ragged.of([[5, 6]], np.int32), Ragged.of([[7], [8, 9]], np.int32)
     >>> batch, = pack(prompts, responses, np.array([0, 0]), [0, 1], budget=64)
     >>> batch.input_ids.tolist(), batch.position_ids.tolist(), batch.predict.tolist()
-    ([[5, 6, 7, 8, 9]], [[0, 1, 2, 2, 3]], [1, 1, 3])
+    ([[5, 6, 8]], [[0, 1, 2]], [1, 1, 2])
     """
+    computed = responses.lengths - (0 if ends else 1)
     batches: list[list[list[int]]] = []
     room = 0
-    for tree, length in _trees(prompts, responses, group, rows, budget):
+    for tree, length in _trees(prompts, computed, group, rows, budget):
         if not batches or length > room:
             batches.append([])
             room = budget
         batches[-1].append(tree)
         room -= length
-    return [_lay(trees, prompts, responses, group) for trees in batches]
+    return [_lay(trees, prompts, responses, computed, group, ends) for trees in batches]
 
 
 def _trees(
-    prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int
+    prompts: Ragged, computed: np.ndarray, group: np.ndarray, rows: Sequence[int], budget: int
 ) -> list[tuple[list[int], int]]:
     """Responses that share a prompt and its computation, and the tokens of prompt and responses."""
     trees: list[tuple[list[int], int]] = []
     for row in rows:
-        own = int(responses.lengths[row])
+        own = int(computed[row])
         if trees:
             tree, length = trees[-1]
             if group[tree[0]] == group[row] and length + own <= budget:
@@ -95,8 +102,15 @@ def _trees(
     return trees
 
 
-def _lay(trees: list[list[int]], prompts: Ragged, responses: Ragged, group: np.ndarray) -> TokenBatch:
-    ids, positions, predict, targets, index, response, ends = [], [], [], [], [], [], []
+def _lay(
+    trees: list[list[int]],
+    prompts: Ragged,
+    responses: Ragged,
+    computed: np.ndarray,
+    group: np.ndarray,
+    ends: bool,
+) -> TokenBatch:
+    ids, positions, predict, targets, index, response, last = [], [], [], [], [], [], []
     shapes = []
     at = 0
     for tree in trees:
@@ -104,24 +118,25 @@ def _lay(trees: list[list[int]], prompts: Ragged, responses: Ragged, group: np.n
         ids.append(prompt)
         positions.append(np.arange(len(prompt)))
         at += len(prompt)
-        last = at - 1
+        before = at - 1
         for row in tree:
-            own = responses[row]
-            here = np.arange(at, at + len(own))
-            ids.append(own)
-            positions.append(len(prompt) + np.arange(len(own)))
-            predict.append(np.concatenate([[last], here[:-1]]))
+            own, length = responses[row], int(computed[row])
+            here = np.arange(at, at + length)
+            ids.append(own[:length])
+            positions.append(len(prompt) + np.arange(length))
+            predict.append(np.concatenate([[before], here])[: len(own)])
             targets.append(own)
             index.append(np.arange(responses.offsets[row], responses.offsets[row + 1]))
             response.append(np.full(len(own), row))
-            ends.append([here[-1]])
-            at += len(own)
-        shapes.append(Tree(len(prompt), tuple(int(responses.lengths[row]) for row in tree)))
+            last.append([at + length - 1])
+            at += length
+        shapes.append(Tree(len(prompt), tuple(int(computed[row]) for row in tree)))
     return TokenBatch(
         _flat(ids)[None],
         _flat(positions)[None],
         torch.zeros(1, 1, 1, 1),
-        **_columns(predict, targets, index, response, trees, ends),
+        **_columns(predict, targets, index, response, trees),
+        last=_flat(last) if ends else None,
         trees=tuple(shapes),
     )
 
@@ -151,7 +166,7 @@ def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def _right_pad(batch: list[int], prompts: Ragged, responses: Ragged, group: np.ndarray) -> TokenBatch:
     width = max(int(prompts.lengths[group[r]] + responses.lengths[r]) for r in batch)
     ids, mask = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.int64)
-    predict, targets, index, response, ends = [], [], [], [], []
+    predict, targets, index, response = [], [], [], []
     for i, row in enumerate(batch):
         prompt, own = prompts[group[row]], responses[row]
         end = len(prompt) + len(own)
@@ -160,17 +175,16 @@ def _right_pad(batch: list[int], prompts: Ragged, responses: Ragged, group: np.n
         targets.append(own)
         index.append(np.arange(responses.offsets[row], responses.offsets[row + 1]))
         response.append(np.full(len(own), row))
-        ends.append([i * width + end - 1])
     positions = np.broadcast_to(np.arange(width), ids.shape).copy()
     return TokenBatch(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         torch.from_numpy(mask),
-        **_columns(predict, targets, index, response, [batch], ends),
+        **_columns(predict, targets, index, response, [batch]),
     )
 
 
-def _columns(predict: Any, targets: Any, index: Any, response: Any, rows: Any, last: Any) -> dict[str, Any]:
+def _columns(predict: Any, targets: Any, index: Any, response: Any, rows: Any) -> dict[str, Any]:
     """The columns of a `TokenBatch` from their parts."""
     return {
         "predict": _flat(predict),
@@ -178,7 +192,6 @@ def _columns(predict: Any, targets: Any, index: Any, response: Any, rows: Any, l
         "index": _flat(index),
         "response": _flat(response),
         "rows": _flat(rows),
-        "last": _flat(last),
     }
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from rlhf.learn.batching import TokenBatch
 from rlhf.models.attention import is_ours
 from rlhf.models.trees import Tree
+from rlhf.native.layers import fuse
 
 
 class ValueModel(torch.nn.Module):
@@ -21,6 +22,7 @@ class ValueModel(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.inner = model
+        fuse(model)
 
     def forward(
         self,

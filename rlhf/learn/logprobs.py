@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf.learn.batching import Layout, TokenBatch, layout
 from rlhf.models.attention import is_ours
 from rlhf.models.trees import Tree
+from rlhf.native.layers import fuse
 
 CHUNK = 2**24
 """Logits held at a time, float32: 64 MiB."""
@@ -40,6 +41,7 @@ class PolicyModel(torch.nn.Module):
         text = config.get_text_config() if config is not None else None
         self._cap = getattr(text, "final_logit_softcapping", None)
         self.lay: Layout = layout(plain)
+        fuse(plain)
         self.by_chunks = self._head_makes_the_logits()
         if not self.by_chunks:
             log.warning("%s: its logits are not its output layer's, so all are held", type(plain).__name__)

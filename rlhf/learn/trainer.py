@@ -116,6 +116,8 @@ class Trainer:
         self._norm: float | None = None
         if config.zero_stage == 0:  # without ZeRO, DeepSpeed clips but keeps no norm
             self.engine.clip_fp32_gradients = self._clip
+            # one rank has nothing to add up, but DeepSpeed would copy all gradients into a buffer and back
+            self.engine.enable_backward_allreduce = world > 1
 
     def step(self, batch: Any, learning_rate: float) -> Metrics:
         """One optimiser step on a batch of the objective."""

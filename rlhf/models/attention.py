@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.models.trees import Tree, TreeAttention, hiding, places
+from rlhf.native import trees as native
+from rlhf.native.trees import NativeTreeAttention
 
 NAME = "rlhf_trees"
 
@@ -49,9 +51,12 @@ def attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     dtype, cpu = query.dtype, query.device.type == "cpu"
-    if trees is not None and cpu and softcap is None and all(tree.short for tree in trees):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return TreeAttention.apply(query[0], key[0], value[0], trees, scale).transpose(0, 1)[None], None
+    if trees is not None and cpu and softcap is None:
+        compiled = native.serves(query, key, value)
+        if compiled or all(tree.short for tree in trees):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            way = NativeTreeAttention if compiled else TreeAttention
+            return way.apply(query[0], key[0], value[0], trees, scale).transpose(0, 1)[None], None
     if cpu:
         query, key, value = query.float(), key.float(), value.float()
     if trees is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -14,18 +16,19 @@ def dtype_of(name: str, device: str) -> torch.dtype:
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     found = torch.backends.cpu.get_cpu_capability()
-    fast = found.startswith("AVX512") and _has("avx512_bf16", "amx_bf16")
+    fast = found.startswith("AVX512") and not processor_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
     return torch.bfloat16 if fast else torch.float32
 
 
-def _has(*flags: str) -> bool:
-    """Whether the processor names one of these instruction sets."""
+@functools.cache
+def processor_flags() -> frozenset[str]:
+    """What the processor can do, by the names that Linux gives it."""
     try:
         with open("/proc/cpuinfo") as file:
             line = next((line for line in file if line.startswith("flags")), "")
     except OSError:  # no Linux
-        return False
-    return not set(flags).isdisjoint(line.split())
+        return frozenset()
+    return frozenset(line.split()[2:])
 
 
 def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ from rlhf.models.load import load_reward_model, load_tokenizer, max_positions
 from rlhf.models.packed import pack as pack_layers
 from rlhf.models.precision import cast, dtype_of
 from rlhf.models.trees import Tree
+from rlhf.native.layers import fuse
 from rlhf.types import Content, Ragged
 
 Row = Sequence[int] | np.ndarray
@@ -37,6 +38,7 @@ class Classifier(torch.nn.Module):
         self.inner, self.pad = model, pad
         self.window = attention_window(model.config)
         self.packs = _try_packing(self, model.config.get_text_config().vocab_size)
+        fuse(model)
 
     def forward(
         self,
@@ -97,12 +99,13 @@ def batches(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int], bud
     fits = classifier.window is None or max(map(len, rows), default=0) <= classifier.window
     if classifier.packs and fits:
         shared, own, group = _split(rows, kin)
-        packed = pack(shared, own, group, range(len(rows)), budget)
+        packed = pack(shared, own, group, range(len(rows)), budget, ends=True)
         return [ScoreBatch(b.rows.tolist(), partial(_packed, b)) for b in packed]
     return [_padded(rows, chosen, classifier.pad) for chosen in _padded_rows(rows, classifier.pad, budget)]
 
 
 def _packed(batch: TokenBatch, like: torch.Tensor) -> dict[str, Any]:
+    assert batch.last is not None
     return batch.inputs(like) | {"last": batch.last.to(like.device)}
 
 

@@ -74,6 +74,8 @@ class Tree:
             yield Part(start, stop, stop, stop, mask)
         blocks: list[list[int]] = []
         for length in self.responses:
+            if not length:
+                continue
             if blocks and sum(blocks[-1]) + length <= (BLOCK if short else LARGE_BLOCK):
                 blocks[-1].append(length)
             else:

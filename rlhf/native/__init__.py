@@ -1,0 +1,90 @@
+"""Compiled layers for CPUs that multiply bfloat16 (AVX512-BF16): attention, norms, gates; two to seven times as fast as
+PyTorch's operations.
+
+The system's C compiler builds the `.c` files at first use, once for each kind of processor, into the user's cache
+folder. Without such a processor or a compiler `library` is None, and PyTorch's operations serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.models.precision import processor_flags
+
+SOURCES = [Path(__file__).with_name(name) for name in ("attention.c", "layers.c", "vectors.h")]
+LANES = 16
+"""Numbers in a vector: sizes are multiples of it."""
+OPTIONS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC")
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where they cannot be had; it says why, once."""
+    if "avx512_bf16" not in processor_flags():
+        return None
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        log.warning("no C compiler (cc): bfloat16 models take PyTorch's slower operations")
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        log.warning("%s could not compile rlhf/native, so PyTorch's operations serve: %s", compiler, said)
+        return None
+
+
+def _built(compiler: str) -> Path:
+    """The shared library of this source, compiler and processor; built if it is not there."""
+    kind = [*(path.read_text() for path in SOURCES), compiler, *OPTIONS, *sorted(processor_flags())]
+    name = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home
+        folder = Path(tempfile.gettempdir())
+    target = folder / f"native-{name}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as building:
+            made = Path(building) / target.name
+            sources = [str(path) for path in SOURCES if path.suffix == ".c"]
+            command = [compiler, *OPTIONS, *sources, "-o", str(made), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(made, target)
+    return target
+
+
+def address(x: torch.Tensor | Any) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr() if isinstance(x, torch.Tensor) else x.ctypes.data)
+
+
+@functools.cache
+def _workers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="rlhf-native")
+
+
+def over(count: int, work: Callable[[int, int], int]) -> None:
+    """Calls `work(first, last)` on parts of 0..count, one for each of PyTorch's threads; 0 means that it worked."""
+    parts = min(torch.get_num_threads(), count)
+    bounds = [count * i // parts for i in range(parts + 1)]
+    if parts == 1:
+        failed = work(0, count)
+    else:
+        failed = any(_workers(parts).map(work, bounds[:-1], bounds[1:]))
+    if failed:
+        raise MemoryError("no memory for attention: lower deepspeed.micro_batch_tokens")

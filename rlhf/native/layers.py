@@ -1,0 +1,157 @@
+"""Normalisation and gating by compiled code, in models whose own layers compute just that."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from ctypes import c_float, c_long
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from rlhf.native import LANES, address, library, over
+
+
+def fuse(model: torch.nn.Module) -> None:
+    """Makes the RMS norms and SiLU-gated MLPs of a model run compiled code, where it gives what they give.
+
+    Only for bfloat16 on a CPU; whatever else they are called with, they compute as before. Parameters keep their names.
+    """
+    if library() is None:
+        return
+    for module in model.modules():
+        plain = module.forward
+        if "forward" in vars(module):  # fused before
+            continue
+        if type(module).__name__.endswith("RMSNorm") and _same(module, _as_norm(module)):
+            module.forward = partial(_norm, module, plain, _epsilon(module))
+        elif _gates(module):
+            module.forward = partial(_gated, module, plain)
+
+
+def _takes(*tensors: torch.Tensor) -> bool:
+    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
+
+
+def _epsilon(module: Any) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _norm(module: Any, plain: Callable[..., torch.Tensor], epsilon: float, x: torch.Tensor) -> torch.Tensor:
+    if not _takes(x, module.weight):
+        return plain(x)
+    if torch.is_grad_enabled():
+        return NativeNorm.apply(x, module.weight, epsilon)
+    return _normed(x.contiguous(), module.weight, epsilon)[0]
+
+
+def _as_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    weight, epsilon = getattr(module, "weight", None), _epsilon(module)
+    if weight is None or epsilon is None or weight.ndim != 1 or len(weight) % LANES:
+        return None
+    return lambda x: _normed(x, weight.detach().bfloat16(), epsilon)[0]
+
+
+@torch.no_grad()
+def _same(module: Any, ours: Callable[[torch.Tensor], torch.Tensor] | None) -> bool:
+    """Whether a norm, in bfloat16 and with weights of any kind, gives what compiled code gives."""
+    if ours is None:
+        return False
+    theirs = copy.deepcopy(module).bfloat16()
+    x = torch.linspace(-3, 2, 2 * len(module.weight)).sin().mul(3).bfloat16().view(2, -1)
+    return bool(torch.allclose(ours(x), theirs(x), rtol=2e-2, atol=1e-3))
+
+
+def _gates(module: Any) -> bool:
+    """Whether a module is down(silu(gate(x)) * up(x)), by its parts and by what it gives."""
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
+    gate, up, down, act = parts
+    if any(p is None for p in parts) or getattr(gate, "out_features", 1) % LANES:
+        return False
+    x = torch.linspace(-1, 1, 2 * gate.in_features).view(1, 2, -1).to(gate.weight)
+    with torch.no_grad():
+        plain = down(torch.nn.functional.silu(gate(x)) * up(x))
+        return torch.equal(plain, module(x))
+
+
+def _gated(module: Any, plain: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    if not _takes(x):
+        return plain(x)
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    if torch.is_grad_enabled():
+        return module.down_proj(NativeGate.apply(gate, up))
+    return module.down_proj(_gate_times(gate, up))
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalised rows, and 1 / rms of each, float32 [rows]."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    out, inverse = torch.empty_like(x), torch.empty(rows)
+    native: Any = library()
+    given = [*map(address, (x, weight, out, inverse))]
+    over(rows, lambda a, b: native.norm_forward(*given, *map(c_long, (a, b, width)), c_float(epsilon)))
+    return out, inverse
+
+
+def _gate_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    width = gate.shape[-1]
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    native: Any = library()
+    given = [*map(address, (gate, up, out))]
+    over(gate.numel() // width, lambda a, b: native.gate_forward(*given, *map(c_long, (a, b, width))))
+    return out
+
+
+class NativeNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension (arXiv 1910.07467), bfloat16 [..., width]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        x = x.contiguous()
+        out, inverse = _normed(x, weight, epsilon)
+        ctx.save_for_backward(x, weight, inverse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        width = x.shape[-1]
+        of_x = torch.empty_like(x)
+        parts: list[torch.Tensor] = []
+        native: Any = library()
+
+        def work(first: int, last: int) -> int:
+            of_weight = torch.zeros(width)
+            parts.append(of_weight)
+            given = (x, weight, inverse, gradient, of_x, of_weight)
+            return native.norm_backward(*map(address, given), *map(c_long, (first, last, width)))
+
+        over(len(inverse), work)
+        return of_x, torch.stack(parts).sum(0).to(weight.dtype), None
+
+
+class NativeGate(torch.autograd.Function):
+    """silu(gate) * up (arXiv 2002.05202), bfloat16 of any shape whose last dimension is a multiple of LANES."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return _gate_times(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        width = gate.shape[-1]
+        native: Any = library()
+        given = [*map(address, (gate, up, gradient.contiguous(), of_gate, of_up))]
+        over(gate.numel() // width, lambda a, b: native.gate_backward(*given, *map(c_long, (a, b, width))))
+        return of_gate, of_up
