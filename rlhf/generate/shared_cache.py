@@ -98,12 +98,17 @@ class SharedCache(Cache):
         logits = self._call(ids, positions, trees=[Tree(n) for n in lengths], logits_to_keep=ends)[0]
         new, self._new = self._new, None
         handles = [self._place(n) for n in lengths]
-        for layer, (keys, values) in new.items():
-            room = self._room(layer, keys, values)
-            for kept, given in zip(room, (keys, values), strict=True):
+        self._store(handles, lengths, new)
+        return handles, logits.float()
+
+    def _store(
+        self, handles: list[int], lengths: list[int], new: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Keeps the keys and values of prompts, [1, heads, sum of lengths, width] of each layer."""
+        for layer, pair in new.items():
+            for kept, given in zip(self._room(layer, *pair), pair, strict=True):
                 for place, part in zip(handles, given[0].split(lengths, 1), strict=True):
                     kept[place, :, : part.shape[1]] = part.to(kept.dtype)
-        return handles, logits.float()
 
     def _place(self, length: int) -> int:
         for place, used in enumerate(self._lengths):

@@ -159,6 +159,21 @@ INLINE void of_tokens(const queries *q, const uint16_t *shares, const uint32_t *
             1);
 }
 
+// The softmax of scale * x, n numbers, as bfloat16; the logarithm of its sum. Overwrites x.
+INLINE float softmax(float *x, long n, float scale, uint16_t *shares) {
+    vec high = all(-INFINITY), sum = {0};
+    for (long k = 0; k < n; k += LANES) high = (vec)_mm512_max_ps((__m512)high, (__m512) * (vec *)(x + k));
+    float top = _mm512_reduce_max_ps((__m512)high) * scale;
+    for (long k = 0; k < n; k += LANES) {
+        vec e = exponential(*(vec *)(x + k) * scale - top);
+        *(vec *)(x + k) = e;
+        sum += e;
+    }
+    float share = 1.0f / total(sum);
+    for (long k = 0; k < n; k += LANES) *(halves *)(shares + k) = narrow(*(vec *)(x + k) * share);
+    return top - logf(share);
+}
+
 static void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 static long most_places(const int32_t *shape, long trees) {
@@ -202,19 +217,7 @@ int tree_forward(uint16_t *query, uint16_t *key, uint16_t *value, uint16_t *out,
                     for (long i = 0; i < q.count; i++) {
                         float *x = scores + i * q.width;
                         hide(&q, i, x);
-                        vec high = all(-INFINITY), sum = {0};
-                        for (long k = 0; k < q.width; k += LANES)
-                            high = (vec)_mm512_max_ps((__m512)high, (__m512) * (vec *)(x + k));
-                        float top = _mm512_reduce_max_ps((__m512)high) * scale;
-                        for (long k = 0; k < q.width; k += LANES) {
-                            vec e = exponential(*(vec *)(x + k) * scale - top);
-                            *(vec *)(x + k) = e;
-                            sum += e;
-                        }
-                        float share = 1.0f / total(sum);
-                        for (long k = 0; k < q.width; k += LANES)
-                            *(halves *)(shares + i * q.width + k) = narrow(*(vec *)(x + k) * share);
-                        logs[head * tokens + begin + q.first + i] = top - logf(share);
+                        logs[head * tokens + begin + q.first + i] = softmax(x, q.width, scale, shares + i * q.width);
                     }
                     of_tokens(&q, shares, values, width, sums);
                     for (long i = 0; i < q.count; i++)
@@ -330,5 +333,70 @@ int tree_backward(uint16_t *query, uint16_t *key, uint16_t *value, uint16_t *out
     }
     free(keys), free(values), free(key_tokens), free(scores), free(upper_shares), free(sums), free(to_key);
     free(to_value), free(rows_of), free(turned), free(shares), free(changes);
+    return failed;
+}
+
+// One step of sampling: each row's new token over its prompt and its own tokens, the new one among them. Key heads
+// first..last of them. Queries, new keys, new values and out are [rows][heads][width]; own keys and values
+// [slots][key heads][space][width], where the new ones are added. A prompt's keys are words
+// [key heads][width/2][places], its values [key heads][places/2][width]. `order` has the rows by prompt, those of prompt
+// p from starts[p].
+int decode(const uint16_t *query, const uint16_t *new_key, const uint16_t *new_value, uint16_t *out, uint16_t *own_key,
+           uint16_t *own_value, const uint32_t *const *keys, const uint32_t *const *values, const int32_t *lengths,
+           const int32_t *starts, const int32_t *order, const int32_t *slots, const int32_t *counts, long prompts,
+           long first, long last, long heads, long groups, long width, long space, float scale) {
+    long longest = 0;
+    for (long p = 0; p < prompts; p++) longest = lengths[p] > longest ? lengths[p] : longest;
+    long most = padded(longest) + padded(space);
+    float *scores = room(sizeof(float) * ROWS * most), *sums = room(sizeof(float) * ROWS * width);
+    uint16_t *shares = room(sizeof(uint16_t) * ROWS * most), *block = room(sizeof(uint16_t) * ROWS * width);
+    int failed = !scores || !sums || !shares || !block;
+    for (long head = first; head < last && !failed; head++) {
+        for (long p = 0; p < prompts; p++) {
+            long places = padded(lengths[p]), all_queries = (starts[p + 1] - starts[p]) * groups;
+            const uint32_t *prompt_keys = keys[p] + head * width / 2 * places;
+            const uint32_t *prompt_values = values[p] + head * places / 2 * width;
+            for (long begin = 0; begin < all_queries; begin += ROWS) {
+                long n = all_queries - begin < ROWS ? all_queries - begin : ROWS, own = 0;
+                for (long i = 0; i < n; i++) {
+                    long r = order[starts[p] + (begin + i) / groups], g = (begin + i) % groups, place = counts[r];
+                    memcpy(block + i * width, query + ((r * heads + head) * groups + g) * width, 2 * width);
+                    if (g == 0) {
+                        long at = ((slots[r] * heads + head) * space + place) * width;
+                        memcpy(own_key + at, new_key + (r * heads + head) * width, 2 * width);
+                        memcpy(own_value + at, new_value + (r * heads + head) * width, 2 * width);
+                    }
+                    own = place + 1 > own ? place + 1 : own;
+                }
+                long wide_own = padded(own), all_places = places + wide_own;
+                product(n, places, width / 2, (uint32_t *)block, width / 2, prompt_keys, places, scores, all_places, 0);
+                for (long i = 0; i < n; i++) {
+                    long r = order[starts[p] + (begin + i) / groups], seen = counts[r] + 1;
+                    const uint16_t *k = own_key + (slots[r] * heads + head) * space * width;
+                    float *x = scores + i * all_places;
+                    for (long t = lengths[p]; t < places; t++) x[t] = -INFINITY;
+                    for (long t = 0; t < seen; t++) x[places + t] = inner(block + i * width, k + t * width, width);
+                    for (long t = seen; t < wide_own; t++) x[places + t] = -INFINITY;
+                    softmax(x, all_places, scale, shares + i * all_places);
+                }
+                product(n, width, places / 2, (uint32_t *)shares, all_places / 2, prompt_values, width, sums, width, 0);
+                for (long i = 0; i < n; i++) {
+                    long r = order[starts[p] + (begin + i) / groups], g = (begin + i) % groups, seen = counts[r] + 1;
+                    const uint16_t *v = own_value + (slots[r] * heads + head) * space * width;
+                    for (long k = 0; k < width; k += LANES) {
+                        vec sum = *(vec *)(sums + i * width + k);
+                        for (long t = 0; t < seen; t++) {
+                            uint32_t bits = (uint32_t)shares[i * all_places + places + t] << 16;
+                            float share;
+                            memcpy(&share, &bits, 4);
+                            sum += wide(v + t * width + k) * share;
+                        }
+                        *(halves *)(out + ((r * heads + head) * groups + g) * width + k) = narrow(sum);
+                    }
+                }
+            }
+        }
+    }
+    free(scores), free(sums), free(shares), free(block);
     return failed;
 }

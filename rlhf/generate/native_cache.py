@@ -1,0 +1,171 @@
+"""`SharedCache` in bfloat16 for compiled attention: nothing moves when rows leave, and each layer's attention is one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_float, c_long
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.generate.shared_cache import SharedCache
+from rlhf.learn.batching import attention_window
+from rlhf.native import LANES, address, library, over
+
+
+class NativeCache(SharedCache):
+    """Prompts as words of two bfloat16, as `decode` of rlhf/native/attention.c reads them; own tokens
+    [slots, key heads, room, width] of each layer, where a row has a slot as long as it lives."""
+
+    def __init__(self, model: PreTrainedModel, max_new: int, budget: int) -> None:
+        super().__init__(model, max_new, budget)
+        self._words: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by layer and place
+        self._fresh: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # this step's, by layer
+        self._free: list[int] = []
+        self._slots = np.zeros(0, np.int32)  # [R]
+        self._most_slots = 0
+
+    @staticmethod
+    def serves(model: PreTrainedModel) -> bool:
+        text = model.config.get_text_config()
+        heads = getattr(text, "num_attention_heads", None)
+        width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 1)
+        weight = next(model.parameters())
+        return (
+            weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and width % LANES == 0
+            and attention_window(model.config) is None
+            and getattr(text, "attn_logit_softcapping", None) is None
+            and library() is not None
+        )
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = self._fresh if self._new is None else self._new
+        kept[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+    def _store(
+        self, handles: list[int], lengths: list[int], new: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        for layer, pair in new.items():
+            keys, values = (x[0].split(lengths, 1) for x in pair)
+            for place, key, value in zip(handles, keys, values, strict=True):
+                self._words[layer, place] = (_by_columns(key), _by_tokens(value))
+
+    def join(self, handles: Sequence[int]) -> None:
+        missing = len(handles) - len(self._free)
+        if missing > 0:
+            self._free += range(self._most_slots, self._most_slots + missing)
+            self._most_slots += missing
+        taken, self._free = self._free[: len(handles)], self._free[len(handles) :]
+        self._slots = np.concatenate([self._slots, np.array(taken, np.int32)])
+        self._handle = torch.cat([self._handle, torch.tensor(handles, dtype=torch.long)])
+        self._count = torch.cat([self._count, torch.zeros(len(handles), dtype=torch.long)])
+        self._arrange()
+
+    def keep(self, rows: torch.Tensor) -> None:
+        stay = rows.numpy()
+        self._free += np.delete(self._slots, stay).tolist()
+        self._slots = self._slots[stay]
+        self._handle, self._count = self._handle[rows], self._count[rows]
+        self._arrange()
+
+    def release(self, handle: int) -> None:
+        super().release(handle)
+        for key in [key for key in self._words if key[1] == handle]:
+            del self._words[key]
+
+    def clear(self) -> None:
+        super().clear()
+        self._words, self._free, self._most_slots = {}, [], 0
+
+    def _fit(self) -> None:
+        """Makes room for this step's tokens: twice as much each time, up to the longest response."""
+        wanted = self._wanted()
+        if wanted > self._own_room or not self._own_room:
+            self._own_room = min(self._max_new, max(wanted, 2 * self._own_room))
+        self._counts = self._count.numpy().astype(np.int32)
+
+    def _arrange(self) -> None:
+        """The rows by prompt, and where the prompts' words are, by layer."""
+        handles = self._handle.numpy()
+        self._order = np.argsort(handles, kind="stable").astype(np.int32)
+        present, counts = np.unique(handles, return_counts=True)
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        self._present = present.tolist()
+        self._present_lengths = np.array([self._lengths[p] for p in self._present], np.int32)
+        self._addresses: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def _prompts_of(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        if layer not in self._addresses:
+            pairs = [self._words[layer, place] for place in self._present]
+            keys, values = ([pair[i].data_ptr() for pair in pairs] for i in (0, 1))
+            self._addresses[layer] = (np.array(keys, np.uint64), np.array(values, np.uint64))
+        return self._addresses[layer]
+
+    def _own_of(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The layer's own keys and values, made as large as slots and room."""
+        own = self._own.get(layer)
+        size = (self._most_slots, like.shape[1], self._own_room, like.shape[3])
+        if own is None or own[0].shape != size:
+            grown = tuple(like.new_empty(size) for _ in range(2))
+            if own is not None:
+                slots, _, room, _ = own[0].shape
+                for fresh, old in zip(grown, own, strict=True):
+                    fresh[:slots, :, :room] = old
+            self._own[layer] = own = grown
+        return own
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        assert softcap is None
+        assert window is None
+        new_key, new_value = (x.contiguous() for x in self._fresh.pop(layer))
+        rows, heads, _, width = query.shape
+        key_heads = new_key.shape[1]
+        query = query.contiguous()
+        out = torch.empty_like(query)
+        tensors = (query, new_key, new_value, out, *self._own_of(layer, new_key))
+        arrays = (*self._prompts_of(layer), self._present_lengths, self._starts, self._order)
+        given = [*map(address, (*tensors, *arrays, self._slots, self._counts))]
+        sizes = (key_heads, heads // key_heads, width, self._own_room)
+        scale = c_float(width**-0.5 if scaling is None else scaling)
+        native: Any = library()
+
+        def work(first: int, last: int) -> int:
+            return native.decode(*given, *map(c_long, (len(self._present), first, last, *sizes)), scale)
+
+        over(key_heads, work)
+        return out
+
+
+def _by_columns(key: torch.Tensor) -> torch.Tensor:
+    """[heads, L, width] as words [heads, width / 2, places] of two neighbouring columns."""
+    heads, length, width = key.shape
+    words = torch.zeros(heads, width // 2, _places(length), dtype=torch.int32)
+    words[:, :, :length] = key.contiguous().view(torch.int32).transpose(1, 2)
+    return words
+
+
+def _by_tokens(value: torch.Tensor) -> torch.Tensor:
+    """[heads, L, width] as words [heads, places / 2, width] of two neighbouring tokens."""
+    heads, length, width = value.shape
+    tokens = value.new_zeros(heads, _places(length), width)
+    tokens[:, :length] = value
+    pairs = tokens.view(heads, -1, 2, width).transpose(2, 3).contiguous()
+    return pairs.view(torch.int32).view(heads, -1, width)
+
+
+def _places(length: int) -> int:
+    return -(-length // LANES) * LANES
