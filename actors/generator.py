@@ -13,7 +13,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from actors.resources import actor_options, keep_memory, set_threads
+from actors.resources import actor_options, keep_memory, set_threads, yield_to_learners
 from rlhf.config import RoleConfig, RolloutConfig
 from rlhf.generate.engine import Engine
 from rlhf.timeline import Recorder, Span
@@ -43,6 +43,7 @@ class Generator:
     ) -> None:
         set_threads(role.cpus)
         keep_memory()
+        yield_to_learners()
         import rlhf.generate.transformers_engine  # noqa: F401 - now, and not in the first call
 
         self._rollout, self._template, self._role = rollout, chat_template, role

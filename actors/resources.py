@@ -37,6 +37,12 @@ def keep_memory() -> None:
     libc.mallopt(trim_threshold, 2**31 - 1)
 
 
+def yield_to_learners() -> None:
+    """Lowers this process's priority: where roles share CPUs, learner ranks go first. They wait for each other, and all
+    wait for them."""
+    os.nice(5)
+
+
 def asked(config: Config) -> dict[str, float]:
     """CPUs and GPUs that all roles ask for together."""
     r, models = config.resources, len(config.reward_models) + len(config.evaluators)

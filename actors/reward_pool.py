@@ -20,7 +20,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 
-from actors.resources import keep_memory, set_threads
+from actors.resources import keep_memory, set_threads, yield_to_learners
 from rlhf.config import ResourcesConfig, RewardModelConfig
 from rlhf.timeline import Recorder, Span
 from rlhf.types import Content, Rewards, Rollouts
@@ -39,6 +39,7 @@ class RewardModel:
     ) -> None:
         set_threads(cpus)
         keep_memory()
+        yield_to_learners()
         from rlhf.models.reward import RewardScorer
 
         device = "cuda" if gpus > 0 else "cpu"

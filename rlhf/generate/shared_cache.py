@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
+from rlhf.models.last_layer import LastLayer
 from rlhf.models.trees import Tree
 
 ROOM = 16
@@ -29,6 +30,7 @@ class SharedCache(Cache):
         super().__init__(layers=[])
         self._model, self._max_new, self._budget = model, max_new, budget
         self._device = next(model.parameters()).device
+        self._last = LastLayer(model.base_model)
         self._prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer
         self._own: dict[int, tuple[torch.Tensor, ...]] = {}
         self._new: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None  # a prefill's, by layer
@@ -95,7 +97,8 @@ class SharedCache(Cache):
         positions = torch.cat([torch.arange(n, device=self._device) for n in lengths])[None]
         self._new = {}
         ends = torch.tensor(lengths, device=self._device).cumsum(0) - 1
-        logits = self._call(ids, positions, trees=[Tree(n) for n in lengths], logits_to_keep=ends)[0]
+        with self._last.only(ends):
+            logits = self._call(ids, positions, trees=[Tree(n) for n in lengths], logits_to_keep=ends)[0]
         new, self._new = self._new, None
         handles = [self._place(n) for n in lengths]
         self._store(handles, lengths, new)

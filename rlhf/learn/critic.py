@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from rlhf.learn.batching import TokenBatch
 from rlhf.models.attention import is_ours
+from rlhf.models.last_layer import LastLayer
 from rlhf.models.trees import Tree
 from rlhf.native.layers import fuse
 
@@ -23,6 +24,7 @@ class ValueModel(torch.nn.Module):
         super().__init__()
         self.inner = model
         fuse(model)
+        self._last = LastLayer(model.base_model)
 
     def forward(
         self,
@@ -35,13 +37,15 @@ class ValueModel(torch.nn.Module):
         """Values at the flat positions `predict`, [N], or at all, [rows * width]."""
         assert trees is None or is_ours(self.inner)
         given = {} if trees is None else {"trees": trees}
-        states = self.inner.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            **given,
-        ).last_hidden_state.flatten(0, 1)
+        needed = None if trees is None or predict is None else predict.unique()
+        with self._last.only(needed):
+            states = self.inner.base_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                **given,
+            ).last_hidden_state.flatten(0, 1)
         return self.inner.score(states if predict is None else states[predict]).squeeze(-1)
 
 

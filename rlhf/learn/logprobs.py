@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.learn.batching import Layout, TokenBatch, layout
 from rlhf.models.attention import is_ours
+from rlhf.models.last_layer import LastLayer
 from rlhf.models.trees import Tree
 from rlhf.native.layers import fuse
 
@@ -42,6 +43,7 @@ class PolicyModel(torch.nn.Module):
         self._cap = getattr(text, "final_logit_softcapping", None)
         self.lay: Layout = layout(plain)
         fuse(plain)
+        self._last = LastLayer(getattr(plain, "base_model", plain))
         self.by_chunks = self._head_makes_the_logits()
         if not self.by_chunks:
             log.warning("%s: its logits are not its output layer's, so all are held", type(plain).__name__)
@@ -69,7 +71,11 @@ class PolicyModel(torch.nn.Module):
             inputs["trees"] = trees
         if predict is None or targets is None:
             predict = targets = input_ids.new_zeros(1)
-        rows = self._states(inputs) if self.by_chunks else self.inner(**inputs, use_cache=False).logits
+        if self.by_chunks:
+            needed = predict.unique() if trees is not None else None
+            rows = self._states(inputs, needed)
+        else:
+            rows = self.inner(**inputs, use_cache=False).logits
         rows = rows.flatten(0, 1)[predict]
         if not self.by_chunks:
             return _of_logits(rows, targets, temperature, entropy)
@@ -95,8 +101,10 @@ class PolicyModel(torch.nn.Module):
     def _head(self) -> Any:
         return self._plain.get_output_embeddings()
 
-    def _states(self, inputs: dict[str, Any]) -> torch.Tensor:
-        return self._plain.base_model(**inputs, use_cache=False).last_hidden_state
+    def _states(self, inputs: dict[str, Any], needed: torch.Tensor | None = None) -> torch.Tensor:
+        """The last hidden states, right at the flat positions `needed` at least; None: all."""
+        with self._last.only(needed):
+            return self._plain.base_model(**inputs, use_cache=False).last_hidden_state
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         logits = self._head(states).float()

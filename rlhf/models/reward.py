@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from rlhf.data.chat import ChatFormat
 from rlhf.learn.batching import TokenBatch, attention_window, by_length, pack
 from rlhf.models import attention
+from rlhf.models.last_layer import LastLayer
 from rlhf.models.load import load_reward_model, load_tokenizer, max_positions
 from rlhf.models.packed import pack as pack_layers
 from rlhf.models.precision import cast, dtype_of
@@ -37,8 +38,9 @@ class Classifier(torch.nn.Module):
         super().__init__()
         self.inner, self.pad = model, pad
         self.window = attention_window(model.config)
-        self.packs = _try_packing(self, model.config.get_text_config().vocab_size)
         fuse(model)
+        self._last = LastLayer(model.base_model)
+        self.packs = _try_packing(self, model.config.get_text_config().vocab_size)
 
     def forward(
         self,
@@ -52,13 +54,14 @@ class Classifier(torch.nn.Module):
         if last is None:
             return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1)
         assert trees is not None
-        states = self.inner.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            trees=trees,
-            use_cache=False,
-        ).last_hidden_state
+        with self._last.only(last):
+            states = self.inner.base_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                trees=trees,
+                use_cache=False,
+            ).last_hidden_state
         head = self.inner.score
         return head(states.flatten(0, 1)[last].to(head.weight.dtype)).squeeze(-1)
 

@@ -1,4 +1,4 @@
-"""Compiled layers for CPUs that multiply bfloat16 (AVX512-BF16): attention, norms, gates; two to seven times as fast as
+"""Compiled layers for CPUs that multiply bfloat16 (AVX512-BF16): attention, norms, gates, rotary positions; two to seven times as fast as
 PyTorch's operations.
 
 The system's C compiler builds the `.c` files at first use, once for each kind of processor, into the user's cache

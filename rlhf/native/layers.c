@@ -66,3 +66,27 @@ int gate_backward(const uint16_t *gate, const uint16_t *up, const uint16_t *uppe
     }
     return 0;
 }
+
+// Rotary positions over heads [rows][heads][width], halves of a head turned against each other: x cos + rotated(x) sin,
+// each product rounded; `back`: the gradient. Strides of x and out: of a row and a head, in elements; cos and sin lie as
+// [rows][width]. width / 2 is a multiple of LANES.
+int rotate(const uint16_t *x, const uint16_t *cosine, const uint16_t *sine, uint16_t *out, const long *strides, long first,
+           long last, long heads, long width, int back) {
+    long half = width / 2;
+    for (long i = first; i < last; i++)
+        for (long h = 0; h < heads; h++) {
+            const uint16_t *from = x + i * strides[0] + h * strides[1];
+            uint16_t *to = out + i * strides[2] + h * strides[3];
+            const uint16_t *c = cosine + i * width, *s = sine + i * width;
+            for (long k = 0; k < half; k += LANES) {
+                vec low = wide(from + k), high = wide(from + half + k);
+                vec one = back ? low * wide(c + k) + high * wide(s + half + k)
+                               : rounded(low * wide(c + k)) - rounded(high * wide(s + k));
+                vec two = back ? high * wide(c + half + k) - low * wide(s + k)
+                               : rounded(high * wide(c + half + k)) + rounded(low * wide(s + half + k));
+                *(halves *)(to + k) = narrow(one);
+                *(halves *)(to + half + k) = narrow(two);
+            }
+        }
+    return 0;
+}

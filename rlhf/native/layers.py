@@ -1,4 +1,4 @@
-"""Normalisation and gating by compiled code, in models whose own layers compute just that."""
+"""Normalisation, gating and rotary positions by compiled code, in models whose own layers compute just that."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from rlhf.native import LANES, address, library, over
+from rlhf.native.rotary import fuse_rotary
 
 
 def fuse(model: torch.nn.Module) -> None:
-    """Makes the RMS norms and SiLU-gated MLPs of a model run compiled code, where it gives what they give.
+    """Makes RMS norms, SiLU-gated MLPs and rotary positions of a model run compiled code, where it gives what they give.
 
     Only for bfloat16 on a CPU; whatever else they are called with, they compute as before. Parameters keep their names.
     """
     if library() is None:
         return
+    fuse_rotary(model)
     for module in model.modules():
         plain = module.forward
         if "forward" in vars(module):  # fused before

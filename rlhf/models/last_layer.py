@@ -1,0 +1,67 @@
+"""Which rows of a model's last layer are needed: its MLP need not compute the others, as nothing looks at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class LastLayer:
+    """The last decoder layer of a model, whose MLP computes only what is asked for.
+
+    Inside `only(rows)` the model's last hidden states are right at the flat positions `rows` of a batch of one row,
+    [1, T]; elsewhere they mean nothing. A model whose last layer or its MLP is of another kind computes all.
+
+    Args:
+        body: a transformers base model, without its head.
+    """
+
+    def __init__(self, body: torch.nn.Module) -> None:
+        self._rows: torch.Tensor | None = None
+        self._tokens = 0
+        layers = [m for m in body.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+        mlp = next((m[-1].mlp for m in reversed(layers) if hasattr(m[-1], "mlp")), None)
+        if mlp is None:
+            return
+        handles = [mlp.register_forward_pre_hook(self._take), mlp.register_forward_hook(self._put)]
+        if not self._works(body):
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def only(self, rows: torch.Tensor | None) -> Iterator[None]:
+        """rows: int64, sorted and distinct; None: all."""
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def _take(self, _: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._rows is None:
+            return None
+        self._tokens = given[0].shape[1]
+        return (given[0].index_select(1, self._rows), *given[1:])
+
+    def _put(self, _: torch.nn.Module, __: tuple[Any, ...], out: Any) -> Any:
+        if self._rows is None:
+            return None
+        everywhere = out.new_zeros(1, self._tokens, out.shape[-1])
+        return everywhere.index_copy(1, self._rows, out)
+
+    @torch.no_grad()
+    def _works(self, body: Any, tolerance: float = 1e-3) -> bool:
+        """Whether the rows asked for are what they are among all, tried on a few tokens."""
+        like = next(body.parameters())
+        ids = torch.tensor([[0, 1, 1, 0, 1, 0]], device=like.device)
+        rows = torch.tensor([1, 4], device=like.device)
+        try:
+            plain = body(input_ids=ids, use_cache=False).last_hidden_state[0, rows]
+            with self.only(rows):
+                found = body(input_ids=ids, use_cache=False).last_hidden_state[0, rows]
+        except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
+            return False
+        return bool((found - plain).abs().max() <= tolerance * plain.abs().max())

@@ -1,0 +1,94 @@
+"""Rotary positions (arXiv 2104.09864) by compiled code, in the modelling files of transformers that rotate halves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from ctypes import c_int, c_long
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+from rlhf.native import LANES, address, library, over
+
+NAME = "apply_rotary_pos_emb"
+"""What transformers' modelling files call it: a function of each file, found by name at every call."""
+MARK = "rlhf_plain"
+"""The attribute of ours that holds theirs."""
+
+
+def fuse_rotary(model: torch.nn.Module) -> None:
+    """Makes the modelling files of a model rotate by compiled code, if theirs rotates halves. Only for bfloat16 on a CPU;
+    whatever else it is called with goes to their own function."""
+    for name in {type(module).__module__ for module in model.modules()}:
+        file: Any = sys.modules.get(name)
+        theirs = getattr(file, NAME, None)
+        if theirs is not None and not hasattr(theirs, MARK) and _same(theirs):
+            setattr(file, NAME, _ours(theirs))
+
+
+def _ours(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *given: Any, **named: Any) -> Any:
+        if given or named or not _takes(q, k, cos, sin):
+            return theirs(q, k, cos, sin, *given, **named)
+        cos, sin = (x.expand(q.shape[0], -1, -1).contiguous() for x in (cos, sin))
+        return Rotated.apply(q, cos, sin), Rotated.apply(k, cos, sin)
+
+    setattr(apply_rotary_pos_emb, MARK, theirs)
+    return apply_rotary_pos_emb
+
+
+def _takes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """q, k: [B, heads, T, width]; cos, sin: [B or 1, T, width]."""
+    plain = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (q, k, cos, sin))
+    width = q.shape[-1]
+    shaped = q.ndim == k.ndim == 4 and cos.ndim == sin.ndim == 3 and q.shape[2] == k.shape[2] == cos.shape[1]
+    return plain and shaped and k.shape[-1] == cos.shape[-1] == width and width % (2 * LANES) == 0
+
+
+@torch.no_grad()
+def _same(theirs: Callable[..., Any]) -> bool:
+    """Whether a function gives what compiled code gives, on a few numbers."""
+    if library() is None:
+        return False
+    numbers = torch.linspace(-2, 2, 2 * 3 * 4 * 32).sin().bfloat16()
+    q, k = numbers.view(2, 3, 4, 32), numbers.flip(0).view(2, 3, 4, 32)
+    angles = torch.linspace(0, 9, 2 * 4 * 16).view(2, 4, 16).repeat(1, 1, 2)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    try:
+        found = theirs(q, k, cos, sin)
+    except (TypeError, RuntimeError, ValueError, IndexError):
+        return False
+    ours = _ours(theirs)(q, k, cos, sin)
+    return all(torch.allclose(a, b, rtol=2e-2, atol=1e-3) for a, b in zip(found, ours, strict=True))
+
+
+class Rotated(torch.autograd.Function):
+    """x: bfloat16 [B, heads, T, width]; cos, sin: bfloat16 [B, T, width]. As x, laid out as [B, T, heads, width]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _rotated(gradient, *ctx.saved_tensors, back=True), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+    batch, heads, tokens, width = x.shape
+    if x.stride(-1) != 1 or x.stride(0) != tokens * x.stride(2):  # rows (batch, token) at one distance
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    out = x.new_empty(batch, tokens, heads, width).transpose(1, 2)
+    strides = np.array([y.stride(i) for y in (x, out) for i in (2, 1)], np.int64)
+    native: Any = library()
+    given = [*map(address, (x, cos, sin, out, strides))]
+    over(
+        batch * tokens,
+        lambda a, b: native.rotate(*given, *map(c_long, (a, b, heads, width)), c_int(back)),
+    )
+    return out
