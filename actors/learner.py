@@ -21,7 +21,7 @@ from rlhf.types import Experience
 
 if TYPE_CHECKING:
     from rlhf.learn.tasks import AlignTask, Task
-    from rlhf.learn.trainer import Trainer
+    from rlhf.learn.trainer import Trainer, Weights
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class LearnerRank:
     def __init__(self, rank: int, world: int, config: DeepSpeedConfig, role: RoleConfig) -> None:
         self.rank, self.world, self.config, self.role = rank, world, config, role
         self._recorder = Recorder(f"learner {rank}")
+        self._weights: Weights | None = None  # published last
         set_threads(role.cpus)
         keep_memory()
         if role.gpus == 0:
@@ -82,7 +83,7 @@ class LearnerRank:
     def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> bool:
         make = partial(self._trainer, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.aligner = task.start(self._device, make)
-        self.trainer = self.aligner.policy
+        self.trainer, self._weights = self.aligner.policy, None
         return self.aligner.shares_prompts
 
     @property
@@ -125,8 +126,10 @@ class LearnerRank:
         return metrics, self._recorder.take()
 
     def weights(self) -> Any:
+        """Ray copies what is returned, so the memory serves again: fresh pages cost more than the copy."""
         with self._recorder.span("publish weights"):
-            return self.trainer.weights()
+            self._weights = self.trainer.weights(self._weights)
+            return self._weights
 
     def save(self, path: str) -> None:
         self.trainer.save(Path(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_float, c_long
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf.generate.shared_cache import SharedCache
 from rlhf.learn.batching import attention_window
-from rlhf.native import LANES, address, library, over
+from rlhf.native import LANES, addresses, library, over
 
 
 class NativeCache(SharedCache):
@@ -138,13 +137,13 @@ class NativeCache(SharedCache):
         out = torch.empty_like(query)
         tensors = (query, new_key, new_value, out, *self._own_of(layer, new_key))
         arrays = (*self._prompts_of(layer), self._present_lengths, self._starts, self._order)
-        given = [*map(address, (*tensors, *arrays, self._slots, self._counts))]
-        sizes = (key_heads, heads // key_heads, width, self._own_room)
-        scale = c_float(width**-0.5 if scaling is None else scaling)
+        data = addresses(*tensors, *arrays, self._slots, self._counts)
+        groups, scale = heads // key_heads, width**-0.5 if scaling is None else scaling
         native: Any = library()
 
         def work(first: int, last: int) -> int:
-            return native.decode(*given, *map(c_long, (len(self._present), first, last, *sizes)), scale)
+            prompts, room = len(self._present), self._own_room
+            return native.decode(*data, prompts, first, last, key_heads, groups, width, room, scale)
 
         over(key_heads, work)
         return out

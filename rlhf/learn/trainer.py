@@ -39,10 +39,13 @@ class Weights:
     buffer: np.ndarray  # float32, or the bits of bfloat16 as int16, [sum of sizes]
 
     @classmethod
-    def of(cls, named: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Weights:
+    def of(cls, named: Mapping[str, torch.Tensor], dtype: torch.dtype, over: Weights | None = None) -> Weights:
+        """A copy of the parameters; in the memory of `over`, earlier weights of the same model, if given."""
         sizes = [value.numel() for value in named.values()]
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         flat = torch.empty(int(offsets[-1]), dtype=dtype)
+        if over is not None:
+            flat = torch.from_numpy(over.buffer).view(dtype)
         for value, part in zip(named.values(), flat.split(sizes), strict=True):
             part.copy_(value.detach().reshape(-1))
         bits = flat.view(torch.int16) if dtype == torch.bfloat16 else flat
@@ -201,11 +204,12 @@ class Trainer:
         full = {name: self._full(parameter) for name, parameter in self.model.named_parameters()}
         return merged_parameters(self.model, full) if is_adapted(self.model) else full
 
-    def weights(self) -> Weights | None:
-        """The current parameters in the format they compute in; on the ranks other than 0, None."""
+    def weights(self, over: Weights | None = None) -> Weights | None:
+        """The current parameters in the format they compute in, in the memory of earlier ones if given; on the ranks
+        other than 0, None."""
         own = self.stage == 3 or is_adapted(self.model)
         named = self._parameters() if own else dict(self.model.named_parameters())
-        return Weights.of(named, self._dtype) if self.rank == 0 else None
+        return Weights.of(named, self._dtype, over) if self.rank == 0 else None
 
     @property
     def _dtype(self) -> torch.dtype:

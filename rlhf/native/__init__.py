@@ -18,13 +18,24 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from rlhf.models.precision import processor_flags
 
 SOURCES = [Path(__file__).with_name(name) for name in ("attention.c", "layers.c", "vectors.h")]
+FUNCTIONS = {
+    "tree_forward": "ppppppplllllf",
+    "tree_backward": "ppppppppppplllllf",
+    "decode": "ppppppppppppplllllllf",
+    "norm_forward": "pppplllf",
+    "norm_backward": "pppppplll",
+    "gate_forward": "ppplll",
+    "gate_backward": "ppppplll",
+    "rotate": "ppppplllli",
+}
+"""The arguments of the compiled functions."""
 LANES = 16
 """Numbers in a vector: sizes are multiples of it."""
 OPTIONS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC")
@@ -42,7 +53,7 @@ def library() -> ctypes.CDLL | None:
         log.warning("no C compiler (cc): bfloat16 models take PyTorch's slower operations")
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return _declared(ctypes.CDLL(str(_built(compiler))))
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or error
         log.warning("%s could not compile rlhf/native, so PyTorch's operations serve: %s", compiler, said)
@@ -69,8 +80,16 @@ def _built(compiler: str) -> Path:
     return target
 
 
-def address(x: torch.Tensor | Any) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr() if isinstance(x, torch.Tensor) else x.ctypes.data)
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    """With the kinds of the functions' arguments: p an address, l a long, i an int, f a float."""
+    kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
+    for name, arguments in FUNCTIONS.items():
+        getattr(found, name).argtypes = [kinds[a] for a in arguments]
+    return found
+
+
+def addresses(*data: torch.Tensor | np.ndarray) -> list[int]:
+    return [x.data_ptr() if isinstance(x, torch.Tensor) else x.ctypes.data for x in data]
 
 
 @functools.cache

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from ctypes import c_float, c_long
 from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from rlhf.native import LANES, address, library, over
+from rlhf.native import LANES, addresses, library, over
 from rlhf.native.rotary import fuse_rotary
 
 
@@ -93,8 +92,8 @@ def _normed(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torc
     rows = x.numel() // width
     out, inverse = torch.empty_like(x), torch.empty(rows)
     native: Any = library()
-    given = [*map(address, (x, weight, out, inverse))]
-    over(rows, lambda a, b: native.norm_forward(*given, *map(c_long, (a, b, width)), c_float(epsilon)))
+    data = addresses(x, weight, out, inverse)
+    over(rows, lambda a, b: native.norm_forward(*data, a, b, width, epsilon))
     return out, inverse
 
 
@@ -103,8 +102,8 @@ def _gate_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     native: Any = library()
-    given = [*map(address, (gate, up, out))]
-    over(gate.numel() // width, lambda a, b: native.gate_forward(*given, *map(c_long, (a, b, width))))
+    data = addresses(gate, up, out)
+    over(gate.numel() // width, lambda a, b: native.gate_forward(*data, a, b, width))
     return out
 
 
@@ -131,8 +130,8 @@ class NativeNorm(torch.autograd.Function):
         def work(first: int, last: int) -> int:
             of_weight = torch.zeros(width)
             parts.append(of_weight)
-            given = (x, weight, inverse, gradient, of_x, of_weight)
-            return native.norm_backward(*map(address, given), *map(c_long, (first, last, width)))
+            data = addresses(x, weight, inverse, gradient, of_x, of_weight)
+            return native.norm_backward(*data, first, last, width)
 
         over(len(inverse), work)
         return of_x, torch.stack(parts).sum(0).to(weight.dtype), None
@@ -154,6 +153,7 @@ class NativeGate(torch.autograd.Function):
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
         width = gate.shape[-1]
         native: Any = library()
-        given = [*map(address, (gate, up, gradient.contiguous(), of_gate, of_up))]
-        over(gate.numel() // width, lambda a, b: native.gate_backward(*given, *map(c_long, (a, b, width))))
+        gradient = gradient.contiguous()
+        data = addresses(gate, up, gradient, of_gate, of_up)
+        over(gate.numel() // width, lambda a, b: native.gate_backward(*data, a, b, width))
         return of_gate, of_up

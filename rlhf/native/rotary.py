@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from ctypes import c_int, c_long
 from typing import Any
 
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from rlhf.native import LANES, address, library, over
+from rlhf.native import LANES, addresses, library, over
 
 NAME = "apply_rotary_pos_emb"
 """What transformers' modelling files call it: a function of each file, found by name at every call."""
@@ -86,9 +85,6 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) 
     out = x.new_empty(batch, tokens, heads, width).transpose(1, 2)
     strides = np.array([y.stride(i) for y in (x, out) for i in (2, 1)], np.int64)
     native: Any = library()
-    given = [*map(address, (x, cos, sin, out, strides))]
-    over(
-        batch * tokens,
-        lambda a, b: native.rotate(*given, *map(c_long, (a, b, heads, width)), c_int(back)),
-    )
+    data = addresses(x, cos, sin, out, strides)
+    over(batch * tokens, lambda a, b: native.rotate(*data, a, b, heads, width, int(back)))
     return out

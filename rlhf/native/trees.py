@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_float, c_long
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from rlhf.models.trees import Tree
-from rlhf.native import LANES, address, library, over
+from rlhf.native import LANES, addresses, library, over
 
 
 def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -51,16 +50,12 @@ class NativeTreeAttention(torch.autograd.Function):
         heads, tokens, width = query.shape
         out = _rows_like(query)
         logs = torch.empty(heads, tokens)
-        given, strides = (query, key, value, out), _strides(query, key, value, out)
-        shape = _shape(trees)
+        strides, shape = _strides(query, key, value, out), _shape(trees)
+        data = addresses(query, key, value, out, logs, strides, shape)
         native: Any = library()
 
         def work(first: int, last: int) -> int:
-            return native.tree_forward(
-                *map(address, (*given, logs, strides, shape)),
-                *map(c_long, (len(trees), first, last, tokens, width)),
-                c_float(scale),
-            )
+            return native.tree_forward(*data, len(trees), first, last, tokens, width, scale)
 
         over(heads, work)
         if any(ctx.needs_input_grad):
@@ -76,14 +71,11 @@ class NativeTreeAttention(torch.autograd.Function):
         of = tuple(_rows_like(x) for x in (query, key, value))
         given = (query, key, value, out, _in_rows(gradient), *of)
         strides = _strides(*given)
+        data = addresses(*given, logs, strides, ctx.shape)
         native: Any = library()
 
         def work(first: int, last: int) -> int:
-            return native.tree_backward(
-                *map(address, (*given, logs, strides, ctx.shape)),
-                *map(c_long, (ctx.trees, first, last, tokens, width)),
-                c_float(ctx.scale),
-            )
+            return native.tree_backward(*data, ctx.trees, first, last, tokens, width, ctx.scale)
 
         over(heads, work)
         return *of, None, None
