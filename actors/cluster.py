@@ -53,5 +53,7 @@ def _settle() -> None:
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # glibc's arenas of threads give back memory that is soon used again
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # and with it the list of tasks
+    os.environ.setdefault("RAY_event_stats", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

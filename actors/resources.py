@@ -40,7 +40,7 @@ def keep_memory() -> None:
 def yield_to_learners() -> None:
     """Lowers this process's priority: where roles share CPUs, learner ranks go first. They wait for each other, and all
     wait for them."""
-    os.nice(5)
+    os.nice(10)
 
 
 def asked(config: Config) -> dict[str, float]:

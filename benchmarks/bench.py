@@ -32,7 +32,6 @@ TURNS = {"W1": (6, 24), "W2": (3, 10), "W3": (2, 6)}
 """Steps of the peer and of ours in a round, after the warm-up."""
 
 SIDE_BY_SIDE = [
-    "align.staleness=1",
     "resources.generators={count: 1, cpus: 1, gpus: 0}",
     "resources.learner={count: 1, cpus: 1, gpus: 0}",
     "resources.reward={count: 1, cpus: 0, gpus: 0}",
@@ -40,8 +39,8 @@ SIDE_BY_SIDE = [
 ]
 OURS = {
     "W1": ["dtype=bfloat16", "align.staleness=1"],
-    "W2": ["dtype=bfloat16", *SIDE_BY_SIDE],
-    "W3": ["dtype=bfloat16"],
+    "W2": ["dtype=bfloat16", "align.staleness=2", *SIDE_BY_SIDE],
+    "W3": ["dtype=bfloat16", "align.staleness=1", *SIDE_BY_SIDE],
 }
 """Our configuration, by workload; the peer's best was chosen from float32 and bfloat16."""
 PEER = {"W1": [], "W2": ["--bf16"], "W3": ["--bf16"]}
