@@ -50,7 +50,9 @@ def _settle() -> None:
     the priority of any other process: by default they yield to all, and ranks then wait for each other."""
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")  # 0.1 takes 3 % of a core
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # glibc's arenas of threads give back memory that is soon used again
+    os.environ.setdefault(
+        "MALLOC_ARENA_MAX", "1"
+    )  # glibc's arenas of threads give back memory that is soon used again
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # and with it the list of tasks

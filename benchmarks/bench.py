@@ -38,7 +38,7 @@ SIDE_BY_SIDE = [
     f"rollout.prompts_per_item={PER_STEP}",
 ]
 OURS = {
-    "W1": ["dtype=bfloat16", "align.staleness=1"],
+    "W1": ["dtype=bfloat16", "align.staleness=1", *SIDE_BY_SIDE],
     "W2": ["dtype=bfloat16", "align.staleness=2", *SIDE_BY_SIDE],
     "W3": ["dtype=bfloat16", "align.staleness=1", *SIDE_BY_SIDE],
 }

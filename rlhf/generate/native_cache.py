@@ -1,4 +1,4 @@
-"""`SharedCache` in bfloat16 for compiled attention: nothing moves when rows leave, and each layer's attention is one call."""
+"""`SharedCache` in bfloat16 for compiled attention: nothing moves when rows leave, each layer's attention is one call."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class NativeCache(SharedCache):
         assert softcap is None
         assert window is None
         new_key, new_value = (x.contiguous() for x in self._fresh.pop(layer))
-        rows, heads, _, width = query.shape
+        _, heads, _, width = query.shape
         key_heads = new_key.shape[1]
         query = query.contiguous()
         out = torch.empty_like(query)

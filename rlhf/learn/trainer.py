@@ -39,7 +39,9 @@ class Weights:
     buffer: np.ndarray  # float32, or the bits of bfloat16 as int16, [sum of sizes]
 
     @classmethod
-    def of(cls, named: Mapping[str, torch.Tensor], dtype: torch.dtype, over: Weights | None = None) -> Weights:
+    def of(
+        cls, named: Mapping[str, torch.Tensor], dtype: torch.dtype, over: Weights | None = None
+    ) -> Weights:
         """A copy of the parameters; in the memory of `over`, earlier weights of the same model, if given."""
         sizes = [value.numel() for value in named.values()]
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

@@ -23,7 +23,7 @@ class LastLayer:
         self._rows: torch.Tensor | None = None
         self._tokens = 0
         layers = [m for m in body.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-        mlp = next((m[-1].mlp for m in reversed(layers) if hasattr(m[-1], "mlp")), None)
+        mlp: Any = next((m[-1].mlp for m in reversed(layers) if hasattr(m[-1], "mlp")), None)
         if mlp is None:
             return
         handles = [mlp.register_forward_pre_hook(self._take), mlp.register_forward_hook(self._put)]

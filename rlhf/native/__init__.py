@@ -1,5 +1,4 @@
-"""Compiled layers for CPUs that multiply bfloat16 (AVX512-BF16): attention, norms, gates, rotary positions; two to seven times as fast as
-PyTorch's operations.
+"""Compiled layers for CPUs that multiply bfloat16 (AVX512-BF16): attention, norms, gates, rotary positions.
 
 The system's C compiler builds the `.c` files at first use, once for each kind of processor, into the user's cache
 folder. Without such a processor or a compiler `library` is None, and PyTorch's operations serve.
@@ -100,10 +99,10 @@ def _workers(count: int) -> ThreadPoolExecutor:
 def over(count: int, work: Callable[[int, int], int]) -> None:
     """Calls `work(first, last)` on parts of 0..count, one for each of PyTorch's threads; 0 means that it worked."""
     parts = min(torch.get_num_threads(), count)
-    bounds = [count * i // parts for i in range(parts + 1)]
-    if parts == 1:
-        failed = work(0, count)
+    if parts <= 1:
+        failed = [work(0, count)]
     else:
-        failed = any(_workers(parts).map(work, bounds[:-1], bounds[1:]))
-    if failed:
+        bounds = [count * i // parts for i in range(parts + 1)]
+        failed = list(_workers(parts).map(work, bounds[:-1], bounds[1:]))
+    if any(failed):
         raise MemoryError("no memory for attention: lower deepspeed.micro_batch_tokens")

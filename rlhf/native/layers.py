@@ -15,7 +15,7 @@ from rlhf.native.rotary import fuse_rotary
 
 
 def fuse(model: torch.nn.Module) -> None:
-    """Makes RMS norms, SiLU-gated MLPs and rotary positions of a model run compiled code, where it gives what they give.
+    """Makes RMS norms, SiLU-gated MLPs and rotary positions of a model run compiled code, where it gives what they do.
 
     Only for bfloat16 on a CPU; whatever else they are called with, they compute as before. Parameters keep their names.
     """
@@ -26,7 +26,7 @@ def fuse(model: torch.nn.Module) -> None:
         plain = module.forward
         if "forward" in vars(module):  # fused before
             continue
-        if type(module).__name__.endswith("RMSNorm") and _same(module, _as_norm(module)):
+        if type(module).__name__.endswith("RMSNorm") and _normalises(module):
             module.forward = partial(_norm, module, plain, _epsilon(module))
         elif _gates(module):
             module.forward = partial(_gated, module, plain)
@@ -36,8 +36,8 @@ def _takes(*tensors: torch.Tensor) -> bool:
     return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
 
 
-def _epsilon(module: Any) -> float | None:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+def _epsilon(module: Any) -> float:
+    return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or 0.0
 
 
 def _norm(module: Any, plain: Callable[..., torch.Tensor], epsilon: float, x: torch.Tensor) -> torch.Tensor:
@@ -48,28 +48,23 @@ def _norm(module: Any, plain: Callable[..., torch.Tensor], epsilon: float, x: to
     return _normed(x.contiguous(), module.weight, epsilon)[0]
 
 
-def _as_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    weight, epsilon = getattr(module, "weight", None), _epsilon(module)
-    if weight is None or epsilon is None or weight.ndim != 1 or len(weight) % LANES:
-        return None
-    return lambda x: _normed(x, weight.detach().bfloat16(), epsilon)[0]
-
-
 @torch.no_grad()
-def _same(module: Any, ours: Callable[[torch.Tensor], torch.Tensor] | None) -> bool:
-    """Whether a norm, in bfloat16 and with weights of any kind, gives what compiled code gives."""
-    if ours is None:
+def _normalises(module: Any) -> bool:
+    """Whether a norm, in bfloat16, gives what compiled code gives."""
+    weight, epsilon = getattr(module, "weight", None), _epsilon(module)
+    if weight is None or weight.ndim != 1 or len(weight) % LANES:
         return False
     theirs = copy.deepcopy(module).bfloat16()
-    x = torch.linspace(-3, 2, 2 * len(module.weight)).sin().mul(3).bfloat16().view(2, -1)
-    return bool(torch.allclose(ours(x), theirs(x), rtol=2e-2, atol=1e-3))
+    x = torch.linspace(-3, 2, 2 * len(weight)).sin().mul(3).bfloat16().view(2, -1)
+    return bool(torch.allclose(_normed(x, theirs.weight, epsilon)[0], theirs(x), rtol=2e-2, atol=1e-3))
 
 
 def _gates(module: Any) -> bool:
     """Whether a module is down(silu(gate(x)) * up(x)), by its parts and by what it gives."""
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
-    gate, up, down, act = parts
-    if any(p is None for p in parts) or getattr(gate, "out_features", 1) % LANES:
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return False
+    gate, up, down = module.gate_proj, module.up_proj, module.down_proj
+    if getattr(gate, "out_features", 1) % LANES:
         return False
     x = torch.linspace(-1, 1, 2 * gate.in_features).view(1, 2, -1).to(gate.weight)
     with torch.no_grad():

@@ -19,8 +19,8 @@ MARK = "rlhf_plain"
 
 
 def fuse_rotary(model: torch.nn.Module) -> None:
-    """Makes the modelling files of a model rotate by compiled code, if theirs rotates halves. Only for bfloat16 on a CPU;
-    whatever else it is called with goes to their own function."""
+    """Makes the modelling files of a model rotate by compiled code, if theirs rotates halves. Only for bfloat16 on a
+    CPU; whatever else it is called with goes to their own function."""
     for name in {type(module).__module__ for module in model.modules()}:
         file: Any = sys.modules.get(name)
         theirs = getattr(file, NAME, None)
@@ -75,16 +75,18 @@ class Rotated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _rotated(gradient, *ctx.saved_tensors, back=True), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradient, cos, sin, back=True), None, None
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
     batch, heads, tokens, width = x.shape
-    if x.stride(-1) != 1 or x.stride(0) != tokens * x.stride(2):  # rows (batch, token) at one distance
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    out = x.new_empty(batch, tokens, heads, width).transpose(1, 2)
-    strides = np.array([y.stride(i) for y in (x, out) for i in (2, 1)], np.int64)
+    x = x.transpose(1, 2)
+    if x.stride(-1) != 1 or (tokens > 1 and batch > 1 and x.stride(0) != tokens * x.stride(1)):
+        x = x.contiguous()  # rows, of batch and token, at one distance
+    out = x.new_empty(batch, tokens, heads, width)
+    strides = np.array([x.stride(1 if tokens > 1 else 0), x.stride(2), heads * width, width], np.int64)
     native: Any = library()
     data = addresses(x, cos, sin, out, strides)
     over(batch * tokens, lambda a, b: native.rotate(*data, a, b, heads, width, int(back)))
-    return out
+    return out.transpose(1, 2)

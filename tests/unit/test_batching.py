@@ -110,7 +110,11 @@ def test_every_response_token_is_predicted_once_from_its_own_past(shape, budget)
 def test_prompts_are_shared_and_rows_filled():
     prompts, responses = Ragged.of([range(50)], np.int32), Ragged.of([range(5)] * 8, np.int32)
     (batch,) = pack(prompts, responses, np.zeros(8, int), range(8), 4096)
-    assert batch.input_ids.numel() == 50 + 8 * 5  # the plain way: 8 * 55
+    assert batch.input_ids.numel() == 50 + 8 * 4  # the plain way: 8 * 55
+    assert batch.last is None
+    (whole,) = pack(prompts, responses, np.zeros(8, int), range(8), 4096, ends=True)
+    assert whole.input_ids.numel() == 50 + 8 * 5
+    assert whole.input_ids[0, whole.last].tolist() == [4] * 8
 
 
 @pytest.mark.parametrize(

@@ -166,3 +166,14 @@ def test_weights_travel_in_the_format_they_compute_in():
         for name, value in weights.tensors().items():
             assert value.dtype == dtype
             assert value.view(named[name].shape).equal(named[name].to(dtype))
+
+
+def test_weights_take_the_memory_of_earlier_ones():
+    from rlhf.learn.trainer import Weights
+
+    for dtype in (torch.float32, torch.bfloat16):
+        earlier = Weights.of({"a": torch.randn(3, 5)}, dtype)
+        value = torch.randn(3, 5)
+        later = Weights.of({"a": value}, dtype, over=earlier)
+        assert later.buffer.ctypes.data == earlier.buffer.ctypes.data
+        assert later.tensors()["a"].view(3, 5).equal(value.to(dtype))
