@@ -1,4 +1,4 @@
-"""`SharedCache` in bfloat16 for compiled attention: nothing moves when rows leave, each layer's attention is one call."""
+"""`SharedCache` in bfloat16 for compiled attention: nothing moves when rows leave; one call attends for a layer."""
 
 from __future__ import annotations
 
