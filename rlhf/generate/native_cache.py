@@ -86,7 +86,7 @@ class NativeCache(SharedCache):
     def _fit(self) -> None:
         """Makes room for this step's tokens: twice as much each time, up to the longest response."""
         wanted = self._wanted()
-        if wanted > self._own_room or not self._own_room:
+        if wanted > self._own_room:
             self._own_room = min(self._max_new, max(wanted, 2 * self._own_room))
         self._counts = self._count.numpy().astype(np.int32)
 
@@ -131,8 +131,13 @@ class NativeCache(SharedCache):
         assert softcap is None
         assert window is None
         new_key, new_value = (x.contiguous() for x in self._fresh.pop(layer))
-        _, heads, _, width = query.shape
+        rows, heads, _, width = query.shape
         key_heads = new_key.shape[1]
+        kinds = {(x.shape[0], x.shape[3], x.dtype) for x in (query, new_key, new_value)}
+        if kinds != {(rows, width, torch.bfloat16)} or width % LANES or heads % key_heads:
+            raise ValueError(
+                f"policy: attention of this shape cannot be sampled from: {kinds}, {heads} heads"
+            )
         query = query.contiguous()
         out = torch.empty_like(query)
         tensors = (query, new_key, new_value, out, *self._own_of(layer, new_key))

@@ -68,7 +68,8 @@ class SharedCache(Cache):
         return self._nexts[heads]
 
     def _fit(self) -> None:
-        """Makes own keys and values as large as the rows and the room."""
+        """Makes own keys and values as large as the rows and the room that they need."""
+        self._own_room = max(self._own_room, self._wanted())
         size = (len(self._handle), self._own_room)
         for layer, pair in self._own.items():
             if pair[0].shape[::2] != size:
@@ -189,7 +190,6 @@ class SharedCache(Cache):
         self._count = self._count.clamp_max(self._max_new - 1)  # a row that has ended stays where it is
         positions = (self._prompt_lengths + self._count).to(self._device)
         self._masks, self._nexts = {}, {}
-        self._own_room = max(self._own_room, self._wanted())
         self._fit()
         self._count = self._count.to(self._device)
         logits = self._call(tokens[:, None], positions[:, None], decoding=self)[:, -1]

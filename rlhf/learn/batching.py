@@ -74,7 +74,7 @@ def pack(
     >>> batch.input_ids.tolist(), batch.position_ids.tolist(), batch.predict.tolist()
     ([[5, 6, 8]], [[0, 1, 2]], [1, 1, 2])
     """
-    computed = responses.lengths - (0 if ends else 1)
+    computed = responses.lengths if ends else np.maximum(responses.lengths - 1, 0)
     batches: list[list[list[int]]] = []
     room = 0
     for tree, length in _trees(prompts, computed, group, rows, budget):
@@ -128,7 +128,7 @@ def _lay(
             targets.append(own)
             index.append(np.arange(responses.offsets[row], responses.offsets[row + 1]))
             response.append(np.full(len(own), row))
-            last.append([at + length - 1])
+            last.append([at + length - 1 if length else before])
             at += length
         shapes.append(Tree(len(prompt), tuple(int(computed[row]) for row in tree)))
     return TokenBatch(

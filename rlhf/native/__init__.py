@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -52,31 +53,37 @@ def library() -> ctypes.CDLL | None:
         log.warning("no C compiler (cc): bfloat16 models take PyTorch's slower operations")
         return None
     try:
-        return _declared(ctypes.CDLL(str(_built(compiler))))
+        return _declared(ctypes.CDLL(str(_built(shlex.split(compiler)))))
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or error
         log.warning("%s could not compile rlhf/native, so PyTorch's operations serve: %s", compiler, said)
         return None
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: list[str]) -> Path:
     """The shared library of this source, compiler and processor; built if it is not there."""
-    kind = [*(path.read_text() for path in SOURCES), compiler, *OPTIONS, *sorted(processor_flags())]
+    kind = [*(path.read_text() for path in SOURCES), *compiler, *OPTIONS, *sorted(processor_flags())]
     name = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home
-        folder = Path(tempfile.gettempdir())
+    folder = _folder()
     target = folder / f"native-{name}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=folder) as building:
             made = Path(building) / target.name
             sources = [str(path) for path in SOURCES if path.suffix == ".c"]
-            command = [compiler, *OPTIONS, *sources, "-o", str(made), "-lm"]
+            command = [*compiler, *OPTIONS, *sources, "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(made, target)
     return target
+
+
+def _folder() -> Path:
+    """Where libraries are kept; without a home that can be written to, a folder of this process."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return Path(tempfile.mkdtemp(prefix="rlhf-"))
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="rlhf-"))
 
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:

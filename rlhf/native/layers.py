@@ -13,13 +13,16 @@ from torch.autograd.function import once_differentiable
 from rlhf.native import LANES, addresses, library, over
 from rlhf.native.rotary import fuse_rotary
 
+ACTIVATIONS = {"SiLU", "SiLUActivation"}
+PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
 
 def fuse(model: torch.nn.Module) -> None:
     """Makes RMS norms, SiLU-gated MLPs and rotary positions of a model run compiled code, where it gives what they do.
 
     Only for bfloat16 on a CPU; whatever else they are called with, they compute as before. Parameters keep their names.
     """
-    if library() is None:
+    if library() is None or any(p.device.type != "cpu" for p in model.parameters()):
         return
     fuse_rotary(model)
     for module in model.modules():
@@ -36,40 +39,49 @@ def _takes(*tensors: torch.Tensor) -> bool:
     return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
 
 
-def _epsilon(module: Any) -> float:
-    return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or 0.0
+def _epsilon(module: Any) -> Any:
+    return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
 
 
-def _norm(module: Any, plain: Callable[..., torch.Tensor], epsilon: float, x: torch.Tensor) -> torch.Tensor:
-    if not _takes(x, module.weight):
-        return plain(x)
+def _norm(module: Any, plain: Callable[..., Any], epsilon: float, *given: Any, **named: Any) -> Any:
+    if named or len(given) != 1 or not _takes(given[0], module.weight):
+        return plain(*given, **named)
     if torch.is_grad_enabled():
-        return NativeNorm.apply(x, module.weight, epsilon)
-    return _normed(x.contiguous(), module.weight, epsilon)[0]
+        return NativeNorm.apply(given[0], module.weight, epsilon)
+    return _normed(given[0].contiguous(), module.weight, epsilon)[0]
 
 
 @torch.no_grad()
 def _normalises(module: Any) -> bool:
-    """Whether a norm, in bfloat16, gives what compiled code gives."""
+    """Whether a norm, in bfloat16, gives what compiled code gives: for numbers of common size, small ones and zeros."""
     weight, epsilon = getattr(module, "weight", None), _epsilon(module)
-    if weight is None or weight.ndim != 1 or len(weight) % LANES:
+    if weight is None or epsilon is None or weight.ndim != 1 or len(weight) % LANES:
         return False
     theirs = copy.deepcopy(module).bfloat16()
-    x = torch.linspace(-3, 2, 2 * len(weight)).sin().mul(3).bfloat16().view(2, -1)
-    return bool(torch.allclose(_normed(x, theirs.weight, epsilon)[0], theirs(x), rtol=2e-2, atol=1e-3))
+    rows = torch.linspace(-3, 2, 4 * len(weight)).sin().view(4, -1)
+    x = (rows * torch.tensor([[3.0], [1.0], [epsilon**0.5], [0.0]])).bfloat16()
+    try:
+        expected = theirs(x)
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # not a function of x alone
+        return False
+    return bool(torch.allclose(_normed(x, theirs.weight, epsilon)[0], expected, rtol=2e-2, atol=1e-3))
 
 
+@torch.no_grad()
 def _gates(module: Any) -> bool:
-    """Whether a module is down(silu(gate(x)) * up(x)), by its parts and by what it gives."""
-    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+    """Whether a module is down(silu(gate(x)) * up(x)): by its parts, and by what it gives for small and large x."""
+    if {name for name, _ in module.named_children()} != PARTS:
         return False
     gate, up, down = module.gate_proj, module.up_proj, module.down_proj
-    if getattr(gate, "out_features", 1) % LANES:
+    if type(module.act_fn).__name__ not in ACTIVATIONS or getattr(gate, "out_features", 1) % LANES:
         return False
-    x = torch.linspace(-1, 1, 2 * gate.in_features).view(1, 2, -1).to(gate.weight)
-    with torch.no_grad():
+    try:
+        x = torch.linspace(-1, 1, 2 * gate.in_features).view(1, 2, -1).to(gate.weight)
+        x = torch.cat([x, 30 * x, 1000 * x], 1)
         plain = down(torch.nn.functional.silu(gate(x)) * up(x))
         return torch.equal(plain, module(x))
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
 
 
 def _gated(module: Any, plain: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +97,7 @@ def _normed(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torc
     """The normalised rows, and 1 / rms of each, float32 [rows]."""
     width = x.shape[-1]
     rows = x.numel() // width
-    out, inverse = torch.empty_like(x), torch.empty(rows)
+    out, inverse = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
     native: Any = library()
     data = addresses(x, weight, out, inverse)
     over(rows, lambda a, b: native.norm_forward(*data, a, b, width, epsilon))
@@ -119,17 +131,17 @@ class NativeNorm(torch.autograd.Function):
         gradient = gradient.contiguous()
         width = x.shape[-1]
         of_x = torch.empty_like(x)
-        parts: list[torch.Tensor] = []
+        parts: dict[int, torch.Tensor] = {}  # by the first row
         native: Any = library()
 
         def work(first: int, last: int) -> int:
-            of_weight = torch.zeros(width)
-            parts.append(of_weight)
+            of_weight = parts[first] = x.new_zeros(width, dtype=torch.float32)
             data = addresses(x, weight, inverse, gradient, of_x, of_weight)
             return native.norm_backward(*data, first, last, width)
 
         over(len(inverse), work)
-        return of_x, torch.stack(parts).sum(0).to(weight.dtype), None
+        every = torch.stack([parts[first] for first in sorted(parts)])
+        return of_x, every.sum(0).to(weight.dtype), None
 
 
 class NativeGate(torch.autograd.Function):

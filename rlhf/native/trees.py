@@ -49,7 +49,7 @@ class NativeTreeAttention(torch.autograd.Function):
         query, key, value = (_in_rows(x) for x in (query, key, value))
         heads, tokens, width = query.shape
         out = _rows_like(query)
-        logs = torch.empty(heads, tokens)
+        logs = query.new_empty(heads, tokens, dtype=torch.float32)
         strides, shape = _strides(query, key, value, out), _shape(trees)
         data = addresses(query, key, value, out, logs, strides, shape)
         native: Any = library()

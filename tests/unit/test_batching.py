@@ -107,6 +107,15 @@ def test_every_response_token_is_predicted_once_from_its_own_past(shape, budget)
     assert (seen == 1).all()
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_response_without_tokens_leaves_the_others_alone(ends):
+    prompts, responses = Ragged.of([[5, 6]], np.int32), Ragged.of([[7, 8], [], [9, 10]], np.int32)
+    (batch,) = pack(prompts, responses, np.zeros(3, int), range(3), 64, ends=ends)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10] if ends else [5, 6, 7, 9]]
+    assert batch.predict.tolist() == ([1, 2, 1, 4] if ends else [1, 2, 1, 3])
+    assert batch.last is None or batch.last.tolist() == [3, 1, 5]
+
+
 def test_prompts_are_shared_and_rows_filled():
     prompts, responses = Ragged.of([range(50)], np.int32), Ragged.of([range(5)] * 8, np.int32)
     (batch,) = pack(prompts, responses, np.zeros(8, int), range(8), 4096)

@@ -195,6 +195,56 @@ def test_what_computes_something_else_stays_as_it_is():
     fuse(AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=30)))
 
 
+class Clamped(LlamaMLP):
+    """Only large numbers tell it from its parent."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10)) * self.up_proj(x))
+
+
+class Dropping(LlamaMLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.dropout = torch.nn.Dropout(0.1)
+
+
+class GatedRMSNorm(LlamaRMSNorm):
+    def forward(self, x, gate):
+        return super().forward(x * gate)
+
+
+def test_what_looks_alike_stays_as_it_is():
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES)
+    lookalikes = (Clamped(config), Dropping(config), GatedRMSNorm(32), torch.nn.RMSNorm(32))
+    for module in lookalikes:
+        fuse(torch.nn.Sequential(module).eval())
+        assert "forward" not in vars(module), type(module)
+    elsewhere = LlamaRMSNorm(32).to("meta")
+    fuse(torch.nn.Sequential(elsewhere))
+    assert "forward" not in vars(elsewhere)
+
+
+def test_a_fused_norm_takes_its_argument_by_name():
+    norm = LlamaRMSNorm(32).bfloat16()
+    x = torch.randn(3, 32).bfloat16()
+    before = norm(x)
+    fuse(torch.nn.Sequential(norm))
+    assert "forward" in vars(norm)
+    assert norm(hidden_states=x).equal(before)
+
+
+def test_gradients_of_norms_are_the_same_in_every_run():
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    torch.manual_seed(0)
+    x, weight = random(500, 32), random(32)
+    upper = torch.randn(500, 32).bfloat16()
+    runs = [torch.autograd.grad(NativeNorm.apply(x, weight, 1e-5), weight, upper)[0] for _ in range(50)]
+    torch.set_num_threads(before)
+    assert all(run.equal(runs[0]) for run in runs)
+
+
 def test_other_formats_are_computed_as_before():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
@@ -260,6 +310,19 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, forgotten, caplo
     assert not attention.native.serves(query, query, query)
     out, _ = attention.attention(torch.nn.Module(), query, query, query, None, trees=[Tree(4, (2,))])
     assert out.isfinite().all()
+
+
+def test_without_a_home_it_is_built_for_this_process(tmp_path, monkeypatch, forgotten):
+    def homeless():
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(native.tempfile, "tempdir", None)
+    monkeypatch.setattr(native.Path, "home", homeless)
+    monkeypatch.setenv("CC", f"{shutil.which('cc')} -m64")  # with an option
+    assert native.library() is not None
+    assert list(tmp_path.glob("rlhf-*/native-*.so"))
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch, forgotten, caplog):
