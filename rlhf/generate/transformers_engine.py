@@ -17,11 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.data.chat import ChatFormat
-from rlhf.generate.decoding import PlainCache, RowCache
-from rlhf.generate.native_cache import NativeCache
-from rlhf.generate.shared_cache import SharedCache
+from rlhf.generate.choice import row_cache
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
-from rlhf.models.attention import is_ours
 from rlhf.models.load import end_tokens, max_positions
 from rlhf.models.packed import pack, pack_again
 from rlhf.models.precision import cast, dtype_of
@@ -123,7 +120,7 @@ class TransformersEngine:
         self._policy = PolicyModel(model)
         cast(model, dtype_of(dtype, device))
         pack(model, min(slots, 64), keep=True, leave=model.get_output_embeddings())
-        self._cache = _cache(model, max_new_tokens, budget)
+        self._cache = row_cache(model, max_new_tokens, budget)
         self._waiting: deque[_Prompt] = deque()
         self._rows: _Rows | None = None
         self._done: list[_Job] = []
@@ -320,13 +317,6 @@ class TransformersEngine:
                 token_logprobs(self._policy, batch, rollouts.temperature).cpu().numpy()
             )
         return flat
-
-
-def _cache(model: PreTrainedModel, max_new_tokens: int, budget: int) -> RowCache:
-    if not is_ours(model):
-        return PlainCache(model)
-    kind = NativeCache if NativeCache.serves(model) else SharedCache
-    return kind(model, max_new_tokens, budget)
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
     FalconConfig,
     Gemma2Config,
     GPT2Config,
@@ -164,6 +165,17 @@ OTHERS = [
     Gemma2Config(**SMALL, sliding_window=12, attn_implementation="eager", attn_logit_softcapping=1.0),
     GPT2Config(vocab_size=30, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3),
     FalconConfig(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, alibi=False),
+    DeepseekV2Config(  # keys and values are made from what the cache keeps
+        **SMALL | {"num_key_value_heads": SMALL["num_attention_heads"]},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        moe_intermediate_size=16,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+    ),
 ]
 
 
@@ -177,7 +189,7 @@ def test_logprobs_are_those_of_single_sequences_on_other_architectures(policy_fo
     model = AutoModelForCausalLM.from_config(model_config).eval()
     model.load_state_dict(plain.state_dict())
     engine = make(policy_folder, model, slots=slots)
-    kind = PlainCache if model_config.model_type == "falcon" else SharedCache
+    kind = PlainCache if model_config.model_type in ("falcon", "deepseek_v2") else SharedCache
     assert isinstance(engine._cache, kind)
     rollouts = engine.generate(WorkItem(0, PROMPTS, samples=3, seed=3))
     for b in range(rollouts.responses):
