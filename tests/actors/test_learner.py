@@ -48,7 +48,7 @@ def expected(policy_folder) -> dict[str, np.ndarray]:
     return {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (0, 2), (1, 1), (2, 2), (3, 2)])
 def test_training_equals_plain_pytorch(cluster, policy_folder, expected, tmp_path, stage, ranks):
     """Also with micro-batches of one tree, of which the ranks have different numbers, and without the dropout that the
     model asks for: the sampler has none."""
@@ -67,4 +67,23 @@ def test_training_equals_plain_pytorch(cluster, policy_folder, expected, tmp_pat
     group.save(tmp_path)
     for name, p in load_policy(str(tmp_path)).named_parameters():
         np.testing.assert_allclose(p.detach().numpy().ravel(), weights[name], atol=1e-6)
+    group.stop()
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (3, 2)])
+def test_bfloat16_moves_the_parameters_as_float32_does(cluster, policy_folder, expected, stage, ranks):
+    config = DeepSpeedConfig(stage, "bfloat16", micro_batch_tokens=64, offload_optimizer=False)
+    group = LearnerGroup(config, RoleConfig(ranks, 0.1, 0), None)
+    group.load(SupervisedTask(str(policy_folder), ARCHITECTURE, str(policy_folder), 0), TRAINING.weight_decay)
+    group.fit(ray.put(data()), TRAINING, 3, 0, TRAINING.steps)
+    weights = ray.get(group.weights()).tensors()
+    start = dict(load_policy(str(policy_folder)).named_parameters())
+
+    def moved(values) -> torch.Tensor:
+        return torch.cat(
+            [torch.as_tensor(values[n]).float().ravel() - start[n].detach().ravel() for n in start]
+        )
+
+    found, truth = moved(weights), moved(expected)
+    assert torch.nn.functional.cosine_similarity(found, truth, dim=0) >= 0.95
     group.stop()
