@@ -20,9 +20,9 @@ class Cluster:
         address = config.resources.address or os.environ.get("RAY_ADDRESS")
         self.own = address is None
         logging.getLogger("ray").setLevel(logging.ERROR)
-        if self.own:
-            _settle()
         port = config.resources.dashboard_port
+        if self.own:
+            _settle(dashboard=port is not None)
         dashboard = {"include_dashboard": port is not None, "dashboard_port": port}
         ray.init(
             address=address or "local",
@@ -45,7 +45,7 @@ class Cluster:
         ray.shutdown()
 
 
-def _settle() -> None:
+def _settle(dashboard: bool) -> None:
     """A single machine's Ray listens on 127.0.0.1 only, and leaves out what a short run does not need. Its workers get
     the priority of any other process: by default they yield to all, and ranks then wait for each other."""
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -55,7 +55,8 @@ def _settle() -> None:
     )  # glibc's arenas of threads give back memory that is soon used again
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
-    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # and with it the list of tasks
     os.environ.setdefault("RAY_event_stats", "0")
+    if not dashboard:
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # the list of tasks
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
