@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf.generate.shared_cache import SharedCache
 from rlhf.learn.batching import attention_window
-from rlhf.native import LANES, addresses, library, over
+from rlhf.native import LANES, addresses, library, over, takes
 
 
 class NativeCache(SharedCache):
@@ -31,10 +31,8 @@ class NativeCache(SharedCache):
         text = model.config.get_text_config()
         heads = getattr(text, "num_attention_heads", None)
         width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 1)
-        weight = next(model.parameters())
         return (
-            weight.dtype == torch.bfloat16
-            and weight.device.type == "cpu"
+            takes(next(model.parameters()))
             and width % LANES == 0
             and attention_window(model.config) is None
             and getattr(text, "attn_logit_softcapping", None) is None

@@ -38,14 +38,9 @@ class ValueModel(torch.nn.Module):
         assert trees is None or is_ours(self.inner)
         given = {} if trees is None else {"trees": trees}
         needed = None if trees is None or predict is None else predict.unique()
-        with self._last.only(needed):
-            states = self.inner.base_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=False,
-                **given,
-            ).last_hidden_state.flatten(0, 1)
+        states = self._last.states(
+            needed, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **given
+        ).flatten(0, 1)
         return self.inner.score(states if predict is None else states[predict]).squeeze(-1)
 
 

@@ -73,7 +73,7 @@ class PolicyModel(torch.nn.Module):
             predict = targets = input_ids.new_zeros(1)
         if self.by_chunks:
             needed = predict.unique() if trees is not None else None
-            rows = self._states(inputs, needed)
+            rows = self._last.states(needed, **inputs)
         else:
             rows = self.inner(**inputs, use_cache=False).logits
         rows = rows.flatten(0, 1)[predict]
@@ -101,11 +101,6 @@ class PolicyModel(torch.nn.Module):
     def _head(self) -> Any:
         return self._plain.get_output_embeddings()
 
-    def _states(self, inputs: dict[str, Any], needed: torch.Tensor | None = None) -> torch.Tensor:
-        """The last hidden states, right at the flat positions `needed` at least; None: all."""
-        with self._last.only(needed):
-            return self._plain.base_model(**inputs, use_cache=False).last_hidden_state
-
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         logits = self._head(states).float()
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
@@ -124,7 +119,7 @@ class PolicyModel(torch.nn.Module):
         ids = torch.arange(4, device=like.device)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         try:
-            own = self._logits(self._states(inputs))
+            own = self._logits(self._last.states(None, **inputs))
         except (AttributeError, RuntimeError, TypeError):
             return False
         whole = self.inner(**inputs, use_cache=False).logits.float()

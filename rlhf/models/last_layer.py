@@ -20,6 +20,7 @@ class LastLayer:
     """
 
     def __init__(self, body: torch.nn.Module) -> None:
+        self._body: Any = body
         self._rows: torch.Tensor | None = None
         self._tokens = 0
         layers = [m for m in body.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
@@ -27,7 +28,7 @@ class LastLayer:
         if mlp is None:
             return
         handles = [mlp.register_forward_pre_hook(self._take), mlp.register_forward_hook(self._put)]
-        if not self._works(body):
+        if not self._works():
             for handle in handles:
                 handle.remove()
 
@@ -39,6 +40,11 @@ class LastLayer:
             yield
         finally:
             self._rows = None
+
+    def states(self, rows: torch.Tensor | None, **inputs: Any) -> torch.Tensor:
+        """The last hidden states [rows of the batch, T, width], right at the flat positions `rows`; None: at all."""
+        with self.only(rows):
+            return self._body(**inputs, use_cache=False).last_hidden_state
 
     def _take(self, _: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._rows is None:
@@ -53,15 +59,14 @@ class LastLayer:
         return everywhere.index_copy(1, self._rows, out)
 
     @torch.no_grad()
-    def _works(self, body: Any, tolerance: float = 1e-3) -> bool:
+    def _works(self, tolerance: float = 1e-3) -> bool:
         """Whether the rows asked for are what they are among all, tried on a few tokens."""
-        like = next(body.parameters())
+        like = next(self._body.parameters())
         ids = torch.tensor([[0, 1, 1, 0, 1, 0]], device=like.device)
         rows = torch.tensor([1, 4], device=like.device)
         try:
-            plain = body(input_ids=ids, use_cache=False).last_hidden_state[0, rows]
-            with self.only(rows):
-                found = body(input_ids=ids, use_cache=False).last_hidden_state[0, rows]
+            plain = self.states(None, input_ids=ids)[0, rows]
+            found = self.states(rows, input_ids=ids)[0, rows]
         except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
             return False
         return bool((found - plain).abs().max() <= tolerance * plain.abs().max())

@@ -54,14 +54,9 @@ class Classifier(torch.nn.Module):
         if last is None:
             return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1)
         assert trees is not None
-        with self._last.only(last):
-            states = self.inner.base_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                trees=trees,
-                use_cache=False,
-            ).last_hidden_state
+        states = self._last.states(
+            last, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, trees=trees
+        )
         head = self.inner.score
         return head(states.flatten(0, 1)[last].to(head.weight.dtype)).squeeze(-1)
 

@@ -94,6 +94,11 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     return found
 
 
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether they are of the kind that compiled code computes with."""
+    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
+
+
 def addresses(*data: torch.Tensor | np.ndarray) -> list[int]:
     return [x.data_ptr() if isinstance(x, torch.Tensor) else x.ctypes.data for x in data]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from rlhf.native import LANES, addresses, library, over
+from rlhf.native import LANES, addresses, library, over, takes
 from rlhf.native.rotary import fuse_rotary
 
 ACTIVATIONS = {"SiLU", "SiLUActivation"}
@@ -35,16 +35,12 @@ def fuse(model: torch.nn.Module) -> None:
             module.forward = partial(_gated, module, plain)
 
 
-def _takes(*tensors: torch.Tensor) -> bool:
-    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
-
-
 def _epsilon(module: Any) -> Any:
     return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
 
 
 def _norm(module: Any, plain: Callable[..., Any], epsilon: float, *given: Any, **named: Any) -> Any:
-    if named or len(given) != 1 or not _takes(given[0], module.weight):
+    if named or len(given) != 1 or not takes(given[0], module.weight):
         return plain(*given, **named)
     if torch.is_grad_enabled():
         return NativeNorm.apply(given[0], module.weight, epsilon)
@@ -85,7 +81,7 @@ def _gates(module: Any) -> bool:
 
 
 def _gated(module: Any, plain: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    if not _takes(x):
+    if not takes(x):
         return plain(x)
     gate, up = module.gate_proj(x), module.up_proj(x)
     if torch.is_grad_enabled():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from rlhf.native import LANES, addresses, library, over
+from rlhf.native import LANES, addresses, library, over, takes
 
 NAME = "apply_rotary_pos_emb"
 """What transformers' modelling files call it: a function of each file, found by name at every call."""
@@ -30,7 +30,7 @@ def fuse_rotary(model: torch.nn.Module) -> None:
 
 def _ours(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *given: Any, **named: Any) -> Any:
-        if given or named or not _takes(q, k, cos, sin):
+        if given or named or not _fits(q, k, cos, sin):
             return theirs(q, k, cos, sin, *given, **named)
         cos, sin = (x.expand(q.shape[0], -1, -1).contiguous() for x in (cos, sin))
         return Rotated.apply(q, cos, sin), Rotated.apply(k, cos, sin)
@@ -39,12 +39,16 @@ def _ours(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return apply_rotary_pos_emb
 
 
-def _takes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+def _fits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     """q, k: [B, heads, T, width]; cos, sin: [B or 1, T, width]."""
-    plain = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (q, k, cos, sin))
     width = q.shape[-1]
     shaped = q.ndim == k.ndim == 4 and cos.ndim == sin.ndim == 3 and q.shape[2] == k.shape[2] == cos.shape[1]
-    return plain and shaped and k.shape[-1] == cos.shape[-1] == width and width % (2 * LANES) == 0
+    return (
+        takes(q, k, cos, sin)
+        and shaped
+        and k.shape[-1] == cos.shape[-1] == width
+        and width % (2 * LANES) == 0
+    )
 
 
 @torch.no_grad()

@@ -10,18 +10,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from rlhf.models.trees import Tree
-from rlhf.native import LANES, addresses, library, over
+from rlhf.native import LANES, addresses, library, over, takes
 
 
 def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether there is compiled attention for these."""
     fits = query.shape[-1] == value.shape[-1] and query.shape[-1] % LANES == 0
-    tensors = (query, key, value)
-    return (
-        fits
-        and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
-        and library() is not None
-    )
+    return fits and takes(query, key, value) and library() is not None
 
 
 class NativeTreeAttention(torch.autograd.Function):
