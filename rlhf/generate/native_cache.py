@@ -12,14 +12,18 @@ from transformers import PreTrainedModel
 from rlhf.generate.shared_cache import SharedCache
 from rlhf.learn.batching import attention_window
 from rlhf.native import LANES, addresses, library, over, takes
+from rlhf.native.decoder import NativeDecoder, Shape
 
 
 class NativeCache(SharedCache):
     """Prompts as words of two bfloat16, as `decode` of rlhf/native/attention.c reads them; own tokens
     [slots, key heads, room, width] of each layer, where a row has a slot as long as it lives."""
 
-    def __init__(self, model: PreTrainedModel, max_new: int, budget: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, max_new: int, budget: int, decoder: NativeDecoder | None = None
+    ) -> None:
         super().__init__(model, max_new, budget)
+        self._decoder, self._head = decoder, model.get_output_embeddings()
         self._words: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by layer and place
         self._fresh: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # this step's, by layer
         self._free: list[int] = []
@@ -87,6 +91,8 @@ class NativeCache(SharedCache):
         if wanted > self._own_room:
             self._own_room = min(self._max_new, max(wanted, 2 * self._own_room))
         self._counts = self._count.numpy().astype(np.int32)
+        arrays = (self._present_lengths, self._starts, self._order, self._slots, self._counts)
+        self._rows_at = addresses(*arrays)
 
     def _arrange(self) -> None:
         """The rows by prompt, and where the prompts' words are, by layer."""
@@ -96,25 +102,27 @@ class NativeCache(SharedCache):
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         self._present = present.tolist()
         self._present_lengths = np.array([self._lengths[p] for p in self._present], np.int32)
-        self._addresses: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._prompts_at: dict[int, tuple[list[int], list[np.ndarray]]] = {}
 
-    def _prompts_of(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        if layer not in self._addresses:
+    def _prompts_of(self, layer: int) -> list[int]:
+        """Where the addresses of the prompts' keys, and of their values, are."""
+        if layer not in self._prompts_at:
             pairs = [self._words[layer, place] for place in self._present]
-            keys, values = ([pair[i].data_ptr() for pair in pairs] for i in (0, 1))
-            self._addresses[layer] = (np.array(keys, np.uint64), np.array(values, np.uint64))
-        return self._addresses[layer]
+            held = [np.array([pair[i].data_ptr() for pair in pairs], np.uint64) for i in (0, 1)]
+            self._prompts_at[layer] = (addresses(*held), held)
+        return self._prompts_at[layer][0]
 
-    def _own_of(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _own_of(self, layer: int, key_heads: int, width: int) -> tuple[torch.Tensor, ...]:
         """The layer's own keys and values, made as large as slots and room."""
         own = self._own.get(layer)
-        size = (self._most_slots, like.shape[1], self._own_room, like.shape[3])
+        size = (self._most_slots, key_heads, self._own_room, width)
         if own is None or own[0].shape != size:
-            grown = tuple(like.new_empty(size) for _ in range(2))
+            grown = tuple(torch.empty(size, dtype=torch.bfloat16) for _ in range(2))
             if own is not None:
                 slots, _, room, _ = own[0].shape
+                alive = self._slots[self._slots < slots]
                 for fresh, old in zip(grown, own, strict=True):
-                    fresh[:slots, :, :room] = old
+                    fresh[alive, :, :room] = old[alive]
             self._own[layer] = own = grown
         return own
 
@@ -138,18 +146,26 @@ class NativeCache(SharedCache):
             )
         query = query.contiguous()
         out = torch.empty_like(query)
-        tensors = (query, new_key, new_value, out, *self._own_of(layer, new_key))
-        arrays = (*self._prompts_of(layer), self._present_lengths, self._starts, self._order)
-        data = addresses(*tensors, *arrays, self._slots, self._counts)
-        groups, scale = heads // key_heads, width**-0.5 if scaling is None else scaling
+        shape = Shape(heads, key_heads, width, width**-0.5 if scaling is None else scaling)
+        self.decode(layer, shape, *addresses(query, new_key, new_value, out))
+        return out
+
+    def decode(self, layer: int, shape: Shape, query: int, key: int, value: int, out: int) -> None:
+        own = addresses(*self._own_of(layer, shape.key_heads, shape.width))
+        data = (query, key, value, out, *own, *self._prompts_of(layer), *self._rows_at)
+        groups = shape.heads // shape.key_heads
         native: Any = library()
 
         def work(first: int, last: int) -> int:
-            prompts, room = len(self._present), self._own_room
-            return native.decode(*data, prompts, first, last, key_heads, groups, width, room, scale)
+            sizes = (shape.key_heads, groups, shape.width, self._own_room)
+            return native.decode(*data, len(self._present), first, last, *sizes, shape.scale)
 
-        over(key_heads, work)
-        return out
+        over(shape.key_heads, work)
+
+    def _logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if self._decoder is None:
+            return super()._logits(tokens, positions)
+        return self._head(self._decoder.step(tokens, positions, self))
 
 
 def _by_columns(key: torch.Tensor) -> torch.Tensor:

@@ -192,9 +192,13 @@ class SharedCache(Cache):
         self._masks, self._nexts = {}, {}
         self._fit()
         self._count = self._count.to(self._device)
-        logits = self._call(tokens[:, None], positions[:, None], decoding=self)[:, -1]
+        logits = self._logits(tokens, positions)
         self._count = self._count.cpu() + 1
         return logits.float()
+
+    def _logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Of the token after a row's newest, [R, V]."""
+        return self._call(tokens[:, None], positions[:, None], decoding=self)[:, -1]
 
     def _call(self, ids: torch.Tensor, positions: torch.Tensor, **given: Any) -> torch.Tensor:
         return self._model(

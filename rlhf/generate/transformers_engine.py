@@ -20,7 +20,7 @@ from rlhf.data.chat import ChatFormat
 from rlhf.generate.choice import row_cache
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
 from rlhf.models.load import end_tokens, max_positions
-from rlhf.models.packed import pack, pack_again
+from rlhf.models.packed import pack, receivers
 from rlhf.models.precision import cast, dtype_of
 from rlhf.types import Ragged, Rollouts, WorkItem, prompt_id
 
@@ -119,7 +119,7 @@ class TransformersEngine:
         self.version = self._tickets = 0
         self._policy = PolicyModel(model)
         cast(model, dtype_of(dtype, device))
-        pack(model, min(slots, 64), keep=True, leave=model.get_output_embeddings())
+        pack(model, min(slots, 64), tied=True)
         self._cache = row_cache(model, max_new_tokens, budget)
         self._waiting: deque[_Prompt] = deque()
         self._rows: _Rows | None = None
@@ -128,14 +128,14 @@ class TransformersEngine:
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Responses under way go on with the new weights; their version stays that of their first token."""
-        parameters = dict(self.model.named_parameters())
-        if parameters.keys() != weights.keys():
+        takers = receivers(self.model)
+        if takers.keys() != weights.keys():
             raise ValueError(
-                f"weights of version {version} do not fit the policy: {parameters.keys() ^ weights.keys()}"
+                f"weights of version {version} do not fit the policy: {takers.keys() ^ weights.keys()}"
             )
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name].view(parameter.shape))
-        pack_again(self.model)
+        for name, parts in takers.items():
+            for take in parts:
+                take(weights[name])
         self.version = version
 
     def generate(self, item: WorkItem) -> Rollouts:

@@ -44,6 +44,7 @@ class PolicyModel(torch.nn.Module):
         self.lay: Layout = layout(plain)
         fuse(plain)
         self._last = LastLayer(getattr(plain, "base_model", plain))
+        self._vocabulary = 0
         self.by_chunks = self._head_makes_the_logits()
         if not self.by_chunks:
             log.warning("%s: its logits are not its output layer's, so all are held", type(plain).__name__)
@@ -79,8 +80,7 @@ class PolicyModel(torch.nn.Module):
         rows = rows.flatten(0, 1)[predict]
         if not self.by_chunks:
             return _of_logits(rows, targets, temperature, entropy)
-        width = self._head.weight.shape[0]
-        size = max(1, self.chunk // width)
+        size = max(1, self.chunk // self._vocabulary)
         if len(rows) <= size:
             return self._part(rows, targets, temperature, entropy)
         again = torch.is_grad_enabled()
@@ -122,6 +122,7 @@ class PolicyModel(torch.nn.Module):
             own = self._logits(self._last.states(None, **inputs))
         except (AttributeError, RuntimeError, TypeError):
             return False
+        self._vocabulary = own.shape[-1]
         whole = self.inner(**inputs, use_cache=False).logits.float()
         if own.shape != whole.shape:
             return False

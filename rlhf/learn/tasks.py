@@ -83,7 +83,7 @@ class AlignTask:
         elif self.penalise:
             frozen = PolicyModel(load_policy(self.policy).to(device).requires_grad_(False))
             cast(frozen, dtype_of(self.dtype, device))
-            pack(frozen, rows=1024, leave=frozen.inner.get_output_embeddings())
+            pack(frozen, rows=1024)
             reference = ReferencePolicy(frozen)
         critic = None
         if self.settings.critic is not None:

@@ -1,4 +1,5 @@
-"""Compiled layers for CPUs that multiply bfloat16 (AVX512-BF16): attention, norms, gates, rotary positions.
+"""Compiled layers for CPUs that multiply bfloat16 (AVX512-BF16): attention, linear
+layers, norms, gates, rotary positions.
 
 The system's C compiler builds the `.c` files at first use, once for each kind of processor, into the user's cache
 folder. Without such a processor or a compiler `library` is None, and PyTorch's operations serve.
@@ -24,7 +25,7 @@ import torch
 
 from rlhf.models.precision import processor_flags
 
-SOURCES = [Path(__file__).with_name(name) for name in ("attention.c", "layers.c", "vectors.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("attention.c", "layers.c", "linear.c", "vectors.h")]
 FUNCTIONS = {
     "tree_forward": "ppppppplllllf",
     "tree_backward": "ppppppppppplllllf",
@@ -34,6 +35,8 @@ FUNCTIONS = {
     "gate_forward": "ppplll",
     "gate_backward": "ppppplll",
     "rotate": "ppppplllli",
+    "pack_linear": "ppllll",
+    "linear": "ppppplllll",
 }
 """The arguments of the compiled functions."""
 LANES = 16

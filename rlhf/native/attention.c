@@ -11,10 +11,6 @@
 
 INLINE long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
 
-INLINE vec dot(vec sum, uint32_t a, words b) {
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-}
-
 INLINE void block(const int m, const int n, long pairs, const uint32_t *a, long lda, const uint32_t *b, long ldb,
                   float *c, long ldc, int add) {
     vec sum[6][4];

@@ -35,6 +35,17 @@ def fuse(model: torch.nn.Module) -> None:
             module.forward = partial(_gated, module, plain)
 
 
+def fused_epsilon(module: torch.nn.Module) -> float | None:
+    """What a fused norm adds to the mean square; None: it is not fused."""
+    forward = vars(module).get("forward")
+    return forward.args[2] if isinstance(forward, partial) and forward.func is _norm else None
+
+
+def is_fused_gate(module: torch.nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func is _gated
+
+
 def _epsilon(module: Any) -> Any:
     return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
 

@@ -28,6 +28,11 @@ def fuse_rotary(model: torch.nn.Module) -> None:
             setattr(file, NAME, _ours(theirs))
 
 
+def rotates(module: torch.nn.Module) -> bool:
+    """Whether the modelling file of a module rotates by compiled code."""
+    return hasattr(getattr(sys.modules[type(module).__module__], NAME, None), MARK)
+
+
 def _ours(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *given: Any, **named: Any) -> Any:
         if given or named or not _fits(q, k, cos, sin):

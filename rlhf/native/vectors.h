@@ -47,6 +47,11 @@ INLINE vec rounded(vec x) { return (vec)(__builtin_convertvector(narrow(x), word
 
 INLINE float total(vec x) { return _mm512_reduce_add_ps((__m512)x); }
 
+// sum + a[0] b[0] + a[1] b[1] of two bfloat16 in each word.
+INLINE vec dot(vec sum, uint32_t a, words b) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+}
+
 INLINE float inner(const uint16_t *x, const uint16_t *y, long n) {
     vec sum = {0};
     for (long k = 0; k < n; k += LANES) sum += wide(x + k) * wide(y + k);

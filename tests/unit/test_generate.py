@@ -97,7 +97,7 @@ def test_draw_inverts_the_distribution_function():
 def test_new_weights_change_the_samples_and_the_version(engine, policy_folder):
     item = WorkItem(0, PROMPTS, samples=2, seed=1)
     before = engine.generate(item)
-    weights = {n: torch.zeros(p.numel()) for n, p in engine.model.named_parameters()}
+    weights = {n: torch.zeros(p.numel()) for n, p in load_policy(str(policy_folder)).named_parameters()}
     engine.set_weights(weights, 4)
     after = engine.generate(item)
     assert (before.version, after.version) == (0, 4)
@@ -148,10 +148,10 @@ def test_an_item_does_not_depend_on_those_before_it(engine, policy_folder):
     np.testing.assert_array_equal(after.logprobs, fresh.logprobs)
 
 
-def test_responses_under_way_keep_the_version_they_began_with(engine):
+def test_responses_under_way_keep_the_version_they_began_with(engine, policy_folder):
     ticket = engine.submit(WorkItem(0, PROMPTS, samples=2, seed=1))
     engine.advance()
-    engine.set_weights({n: p.detach().clone() for n, p in engine.model.named_parameters()}, 7)
+    engine.set_weights({n: p.detach() for n, p in load_policy(str(policy_folder)).named_parameters()}, 7)
     later = engine.submit(WorkItem(1, PROMPTS, samples=2, seed=1))
     found = {}
     while engine.busy:

@@ -7,7 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -19,7 +27,9 @@ from rlhf.learn.logprobs import PolicyModel, token_logprobs
 from rlhf.models import attention
 from rlhf.models.precision import cast, processor_flags
 from rlhf.models.trees import Tree
+from rlhf.native.decoder import NativeDecoder
 from rlhf.native.layers import NativeGate, NativeNorm, fuse
+from rlhf.native.linear import Panels
 from rlhf.native.rotary import Rotated
 from rlhf.native.trees import NativeTreeAttention
 from rlhf.types import Ragged, WorkItem
@@ -127,6 +137,31 @@ def test_rotation_is_that_of_complex_numbers(batch, tokens, threads):
         assert error(ours, theirs) <= ROUNDED
 
 
+@pytest.mark.parametrize("rows", [1, 14, 15, 70])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 32), (7, 2), (40, 1026), (100, 3000)])
+def test_linear_is_the_product(outputs, inputs, rows, threads):
+    """Sizes that fill no panel or vector; sums in several parts; with bias and residual."""
+    torch.manual_seed(0)
+    x, weight, bias, residual = (
+        random(*shape).detach() for shape in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
+    )
+    panels = Panels(random(outputs, inputs).detach())
+    panels.take(weight)
+    product = x.double() @ weight.double().T
+    assert error(panels(x, None), product) <= ROUNDED
+    assert error(panels(x, bias), product + bias.double()) <= ROUNDED
+    added = residual.clone()
+    panels.multiply(x.data_ptr(), bias.data_ptr(), added.data_ptr(), added.data_ptr(), rows)
+    torch.testing.assert_close(added, residual + panels(x, bias), rtol=0, atol=0)
+
+
+def test_linear_refuses_other_formats_and_sizes():
+    panels = Panels(random(32, 16).detach())
+    for x in (torch.zeros(2, 16), torch.zeros(2, 32).bfloat16()):
+        with pytest.raises(TypeError, match=r"bfloat16 \[\.\.\., 16\]"):
+            panels(x, None)
+
+
 SIZES = {
     "vocab_size": 30,
     "hidden_size": 64,
@@ -139,7 +174,8 @@ SIZES = {
     "initializer_range": 0.2,
     "eos_token_id": 1,
 }
-CONFIGS = [LlamaConfig(**SIZES), Qwen3Config(**SIZES)]
+CONFIGS = [LlamaConfig(**SIZES), Qwen3Config(**SIZES), Qwen2Config(**SIZES, tie_word_embeddings=True)]
+"""Plain; with norms of heads; with biases, and a head that is the embedding."""
 
 
 @pytest.mark.parametrize("model_config", CONFIGS, ids=lambda c: c.model_type)
@@ -264,6 +300,7 @@ def test_sampling_has_the_log_probabilities_of_a_second_pass(policy_folder, mode
     engine = make(policy_folder, model, slots=slots, dtype="bfloat16")
     engine.max_new_tokens = engine._cache._max_new = 40
     assert isinstance(engine._cache, NativeCache)
+    assert engine._cache._decoder is not None
     for seed in range(2):
         rollouts = engine.generate(WorkItem(0, PROMPTS, samples=6, seed=seed))
         assert len(set(rollouts.tokens.lengths.tolist())) > 3
@@ -280,6 +317,30 @@ def test_sampling_is_near_to_float32(policy_folder):
     rollouts = engine.generate(WorkItem(0, PROMPTS, samples=4, seed=0))
     truth = make(policy_folder, exact).logprobs(rollouts)
     assert np.abs(rollouts.logprobs - truth).mean() <= 0.03  # of 2 nats
+
+
+def test_new_weights_reach_every_layer(policy_folder):
+    """Of a model whose head is its embedding: the gap to a second pass, and to a model that was loaded with them."""
+    torch.manual_seed(0)
+    config = Qwen2Config(**SIZES, tie_word_embeddings=True)
+    first, second = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
+    engine = make(policy_folder, first, dtype="bfloat16")
+    engine.set_weights({n: p.detach().bfloat16().flatten() for n, p in second.named_parameters()}, 1)
+    item = WorkItem(0, PROMPTS, samples=4, seed=0)
+    found, expected = engine.generate(item), make(policy_folder, second, dtype="bfloat16").generate(item)
+    np.testing.assert_array_equal(found.tokens.values, expected.tokens.values)
+    np.testing.assert_array_equal(found.logprobs, expected.logprobs)
+
+
+def test_layers_of_the_same_parts_put_together_otherwise_are_not_decoded(policy_folder):
+    """Granite's are Llama's by name, but what they add to the residual stream is scaled."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GraniteConfig(**SIZES, residual_multiplier=0.5)).eval()
+    engine = make(policy_folder, model, dtype="bfloat16")
+    assert NativeDecoder.of(engine.model) is not None
+    assert engine._cache._decoder is None
+    rollouts = engine.generate(WorkItem(0, PROMPTS, samples=4, seed=0))
+    assert np.abs(rollouts.logprobs - engine.logprobs(rollouts)).mean() <= 1e-3
 
 
 @pytest.fixture
