@@ -58,6 +58,7 @@ class _Step:
     batch: list[int]
     waiting: set[ray.ObjectRef]
     parts: list[ray.ObjectRef]
+    weights: ray.ObjectRef  # once it is trained
     coefficients: Coefficients
     started: float = field(default_factory=time.perf_counter)
 
@@ -165,8 +166,9 @@ class Controller:
         self._ledger.ready(item)
 
     def _put(self, item: int) -> None:
+        """The queue takes calls in order, and `lease` says what it misses: none of its answers is waited for."""
         held = self._held[item]
-        ray.get(self._queue.put.remote(item, (held.rollouts, held.rewards)))
+        self._queue.put.remote(item, (held.rollouts, held.rewards))
 
     def _train(self) -> None:
         batch = self._ledger.next_batch()
@@ -180,17 +182,28 @@ class Controller:
         self._ledger.training(batch)
         coefficients = self._metrics.coefficients(self._ledger.version)
         parts = self._learner.align(list(lease.payloads), coefficients)
-        self._step = _Step(lease, batch, set(parts), parts, coefficients)
+        # asked for at once, so that the learner need not wait for the question
+        weights = self._learner.weights()
+        self._step = _Step(lease, batch, set(parts), parts, weights, coefficients)
 
     def _trained(self, step: _Step) -> None:
         parts = ray.get(step.parts)
-        metrics = merged([m for m, _ in parts])
         learned = time.perf_counter()
-        ray.get(self._queue.acknowledge.remote(step.lease.id))
+        self._queue.acknowledge.remote(step.lease.id)
         version = self._ledger.version
         self._ledger.trained(step.batch)
-        self._pulling |= set(self._generators.set_weights(self._learner.weights(), version + 1))
+        self._pulling |= set(self._generators.set_weights(step.weights, version + 1))
         held = [self._held.pop(item) for item in step.batch]
+        metrics = self._measured(step, parts, held, version, learned)
+        self._step = None
+        self._train()  # before anything that the learner need not wait for
+        self._on_step(metrics)
+
+    def _measured(
+        self, step: _Step, parts: list[tuple], held: list[_Held], version: int, learned: float
+    ) -> dict[str, float]:
+        """The metrics of a step by which the learner's `version` was trained; its spans are kept."""
+        metrics = merged([m for m, _ in parts])
         found = [s for _, spans in parts for s in spans]
         for h in held:
             assert h.values is not None
@@ -207,8 +220,8 @@ class Controller:
             "seconds": now - self._last,
             "seconds/learn": learned - step.started,
         }
-        self._on_step(self._metrics.step(metrics, [h.summary for h in held], [h.values for h in held]))
-        self._last, self._step = now, None
+        self._last = now
+        return self._metrics.step(metrics, [h.summary for h in held], [h.values for h in held])
 
     def _pulled(self, ref: ray.ObjectRef) -> None:
         self._pulling.discard(ref)

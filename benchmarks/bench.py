@@ -4,9 +4,11 @@
     python -m benchmarks.bench --only W1,generation     some; the others keep what the file says
     python -m benchmarks.bench --rounds 3               turns of ours and the peer (default 2)
 
-A round measures the machine's matrix rate, then the peer, then ours. Samples/s of a round are those of all its steps
-after the warm-up. The share of the bound is the floating-point operations that a step needs, each token computed once
-by each model that must see it, at the rate of bfloat16 matrix products of the workload's shapes, over the step's time.
+A round runs the peer, then ours, and measures the machine's matrix rate before and after ours. Samples/s of a round are
+those of all its steps after the warm-up. The share of the bound is the floating-point operations that a step needs,
+each token computed once by each model that must see it, at the rate of bfloat16 matrix products of the workload's
+shapes, over the step's time. The overhead is the share of the machine's time that is no model's: when no role is busy,
+what processes without a model take, and the publishing and pulling of weights.
 """
 
 from __future__ import annotations
@@ -90,16 +92,20 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "benchmarks.workloads", name, folder], check=True)
         for n in range(rounds):
-            rate = matrix_rate(workload, "bfloat16")
             peer = last_json(["benchmarks.peer", name, folder, str(peer_steps), *PEER[name]], 3600)
+            rates = [matrix_rate(workload, "bfloat16")]
             ours = last_json(["benchmarks.ours", name, folder, str(our_steps), *OURS[name]], 3600)
+            rates.append(
+                matrix_rate(workload, "bfloat16")
+            )  # before and after: other users of the machine come and go
+            rate = statistics.fmean(rates)
             necessary = workload.necessary(PER_STEP * SAMPLES * ours["response_tokens"])
             seconds = PER_STEP * SAMPLES / ours["samples_per_s"]
             found.append(
                 {
                     "ours": ours,
                     "peer": peer,
-                    "matrix_rate": rate,
+                    "matrix_rates": rates,
                     "ratio": ours["samples_per_s"] / peer["samples_per_s"],
                     "share_of_bound": necessary / rate / seconds,
                 }
@@ -116,6 +122,7 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
         "peer_samples_per_s": spread([f["peer"]["samples_per_s"] for f in found]),
         "ratio": spread([f["ratio"] for f in found]),
         "share_of_bound": spread([f["share_of_bound"] for f in found]),
+        "overhead": spread([f["ours"]["overhead"] for f in found]),
         "bound": "bfloat16 matrix products",
         "rounds": found,
     }
@@ -132,19 +139,21 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def table(results: Mapping[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| workload | ours, samples/s | peer, samples/s | ratio | share of the bound |",
-        "| --- | --- | --- | --- | --- |",
+        "| workload | ours, samples/s | peer, samples/s | ratio | share of the bound | overhead |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in results.items():
         if "ratio" not in row or "peer_samples_per_s" not in row:
             continue
-        ours, peer, ratio, share = (
-            row[k] for k in ("ours_samples_per_s", "peer_samples_per_s", "ratio", "share_of_bound")
+        ours, peer, ratio, share, overhead = (
+            row[k]
+            for k in ("ours_samples_per_s", "peer_samples_per_s", "ratio", "share_of_bound", "overhead")
         )
         lines.append(
             f"| {name}: {row['about']} | {ours['median']:.2f} ({ours['min']:.2f}-{ours['max']:.2f}) "
             f"| {peer['median']:.2f} ({peer['min']:.2f}-{peer['max']:.2f}) "
-            f"| {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) | {100 * share['median']:.0f} % |"
+            f"| {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) | {100 * share['median']:.0f} % "
+            f"| {100 * overhead['median']:.1f} % |"
         )
     return "\n".join(lines)
 

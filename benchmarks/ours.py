@@ -26,7 +26,9 @@ from rlhf.config import Config
 from rlhf.config_checks import typed
 from rlhf.logs import read_metrics
 
-WARM_UP = 2  # steps left out: first calls of everything
+WARM_UP = (
+    4  # steps left out: first calls of everything, the pipeline fills, memory of the object store is new
+)
 
 
 MODELS = ("ray::LearnerRank", "ray::Generator", "ray::ServeReplica:rewards")
@@ -34,7 +36,7 @@ MODELS = ("ray::LearnerRank", "ray::Generator", "ray::ServeReplica:rewards")
 
 
 class OtherProcesses(threading.Thread):
-    """CPU seconds of the processes of this run that hold no model, read every two seconds."""
+    """CPU seconds of the processes of this run that hold no model, read every five seconds."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -55,7 +57,7 @@ class OtherProcesses(threading.Thread):
                 if not title.startswith(MODELS) or title.rstrip().endswith("ingress"):
                     self._used[process.pid] = used.user + used.system
             self._read.append((time.time(), sum(self._used.values())))
-            time.sleep(2.0)
+            time.sleep(5.0)
 
     def share(self, start: float, end: float) -> float:
         """Of the CPU time that there was between two times."""
@@ -120,13 +122,17 @@ def measure(workload: str, world: Path, steps: int, overrides: Sequence[str]) ->
     end = max(s.end for s in spans)
     start = end - sum(seconds)
     samples = PER_STEP * SAMPLES
+    shares, idle = timeline.shares(spans, start, end), 1 - timeline.covered(spans, start, end)
+    other = others.share(written - sum(seconds), written)
+    moved = sum(track.get(f"{way} weights", 0.0) for track in shares.values() for way in ("pull", "publish"))
     keys = [k for k in metrics[0] if k.startswith(("seconds/", "sampler_gap", "share/"))]
     return {
         "step_s": [round(s, 4) for s in seconds],
         "samples_per_s": samples / statistics.fmean(seconds),
-        "idle_share": 1 - timeline.covered(spans, start, end),
-        "other_processes": others.share(written - sum(seconds), written),
-        "shares": timeline.shares(spans, start, end),
+        "idle_share": idle,
+        "other_processes": other,
+        "overhead": idle + other + moved / len(os.sched_getaffinity(0)),
+        "shares": shares,
         "response_tokens": statistics.fmean(m["response_tokens"] for m in metrics),
         "means": {k: round(statistics.fmean(m[k] for m in metrics), 4) for k in keys},
         "overrides": list(overrides),

@@ -30,7 +30,8 @@ INLINE vec wide_of(__mmask16 there, const uint16_t *x) {
     return (vec)(__builtin_convertvector((halves)_mm256_maskz_loadu_epi16(there, x), words) << 16);
 }
 
-// Panels first..last of a weight [outputs][inputs]; `inputs` is even, and what lacks to a panel is zero.
+// Panels first..last of a weight [outputs][inputs]; `inputs` is even, and what lacks to a panel is zero. Panels begin at
+// multiples of 64 bytes, and are written past the caches.
 int pack_linear(const uint16_t *weight, uint32_t *panels, long first, long last, long inputs, long outputs) {
     long pairs = inputs / 2;
     for (long p = first; p < last; p++)
@@ -41,11 +42,13 @@ int pack_linear(const uint16_t *weight, uint32_t *panels, long first, long last,
                     long output = p * PANEL + j + i;
                     __mmask16 there = output < outputs ? first_of(pairs - k) : 0;
                     x[i] = (words)_mm512_maskz_loadu_epi32(there, weight + output * inputs + 2 * k);
+                    _mm_prefetch(weight + output * inputs + 2 * k + 4 * PANEL, _MM_HINT_T0);
                 }
                 transpose(x);
                 for (long i = 0; i < LANES && k + i < pairs; i++)
-                    *(words *)(panels + (p * pairs + k + i) * PANEL + j) = x[i];
+                    _mm512_stream_si512((void *)(panels + (p * pairs + k + i) * PANEL + j), (__m512i)x[i]);
             }
+    _mm_sfence();
     return 0;
 }
 
