@@ -49,7 +49,7 @@ def _settle(dashboard: bool) -> None:
     """A single machine's Ray listens on 127.0.0.1 only, and leaves out what a short run does not need. Its workers get
     the priority of any other process: by default they yield to all, and ranks then wait for each other."""
     os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")  # 0.1 takes 3 % of a core
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "1")  # 0.1 takes 3 % of a core
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # a thread's own arena gives back what is soon used again
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")

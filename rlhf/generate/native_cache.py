@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf.generate.shared_cache import SharedCache
 from rlhf.learn.batching import attention_window
-from rlhf.native import LANES, addresses, library, over, takes
+from rlhf.native import LANES, addresses, check, library, takes
 from rlhf.native.decoder import NativeDecoder, Shape
 
 
@@ -154,13 +154,9 @@ class NativeCache(SharedCache):
         own = addresses(*self._own_of(layer, shape.key_heads, shape.width))
         data = (query, key, value, out, *own, *self._prompts_of(layer), *self._rows_at)
         groups = shape.heads // shape.key_heads
+        sizes = (len(self._present), shape.key_heads, groups, shape.width, self._own_room)
         native: Any = library()
-
-        def work(first: int, last: int) -> int:
-            sizes = (shape.key_heads, groups, shape.width, self._own_room)
-            return native.decode(*data, len(self._present), first, last, *sizes, shape.scale)
-
-        over(shape.key_heads, work)
+        check(native.decode(*data, *sizes, shape.scale, torch.get_num_threads()))
 
     def _logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self._decoder is None:

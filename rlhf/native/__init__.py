@@ -1,5 +1,5 @@
-"""Compiled layers for CPUs that multiply bfloat16 (AVX512-BF16): attention, linear
-layers, norms, gates, rotary positions.
+"""Compiled layers for CPUs that multiply bfloat16 (AVX512-BF16): attention, linear layers, norms, gates and rotary
+positions, and a step of sampling made of them.
 
 The system's C compiler builds the `.c` files at first use, once for each kind of processor, into the user's cache
 folder. Without such a processor or a compiler `library` is None, and PyTorch's operations serve.
@@ -29,19 +29,19 @@ SOURCES = [Path(__file__).with_name(name) for name in ("attention.c", "layers.c"
 FUNCTIONS = {
     "tree_forward": "ppppppplllllf",
     "tree_backward": "ppppppppppplllllf",
-    "decode": "ppppppppppppplllllllf",
+    "decode": "ppppppppppppplllllfi",
     "norm_forward": "pppplllf",
     "norm_backward": "pppppplll",
     "gate_forward": "ppplll",
     "gate_backward": "ppppplll",
     "rotate": "ppppplllli",
     "pack_linear": "ppllll",
-    "linear": "ppppplllll",
+    "linear": "pppppllli",
 }
 """The arguments of the compiled functions."""
 LANES = 16
 """Numbers in a vector: sizes are multiples of it."""
-OPTIONS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC")
+OPTIONS = ("-O3", "-fopenmp", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC")
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +112,18 @@ def _workers(count: int) -> ThreadPoolExecutor:
 
 
 def over(count: int, work: Callable[[int, int], int]) -> None:
-    """Calls `work(first, last)` on parts of 0..count, one for each of PyTorch's threads; 0 means that it worked."""
+    """Calls `work(first, last)` on parts of 0..count, one for each of PyTorch's threads; 0 means that it worked. For
+    long work: what takes microseconds divides itself, with OpenMP."""
     parts = min(torch.get_num_threads(), count)
     if parts <= 1:
         failed = [work(0, count)]
     else:
         bounds = [count * i // parts for i in range(parts + 1)]
         failed = list(_workers(parts).map(work, bounds[:-1], bounds[1:]))
-    if any(failed):
+    check(any(failed))
+
+
+def check(failed: int) -> None:
+    """Of what a compiled function returned."""
+    if failed:
         raise MemoryError("no memory for attention: lower deepspeed.micro_batch_tokens")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rlhf.models.packed import PackedLinear
-from rlhf.native import LANES, addresses, library, over
+from rlhf.native import LANES, addresses, library
 from rlhf.native.layers import fused_epsilon, is_fused_gate
 from rlhf.native.rotary import rotates
 
@@ -125,7 +125,7 @@ class _Layer:
         self._after(x, room.normed, room.inverse, rows)
         self._gate(room.normed, room.gate, rows)
         self._up(room.normed, room.up, rows)
-        over(rows, lambda a, b: native.gate_forward(room.gate, room.up, room.gate, a, b, self.inner))
+        native.gate_forward(room.gate, room.up, room.gate, 0, rows, self.inner)
         self._down(room.gate, x, rows, x)
 
 
@@ -135,8 +135,7 @@ def _norm(module: Any) -> Callable[[int, int, int, int], None]:
     width, epsilon = len(module.weight), fused_epsilon(module)
 
     def compute(x: int, out: int, inverse: int, rows: int) -> None:
-        data = (x, module.weight.data_ptr(), out, inverse)
-        over(rows, lambda a, b: native.norm_forward(*data, a, b, width, epsilon))
+        native.norm_forward(x, module.weight.data_ptr(), out, inverse, 0, rows, width, epsilon)
 
     return compute
 
@@ -162,8 +161,7 @@ def _turn(heads: int, width: int, norm: Any) -> Callable[[int, list[int], int, i
     def compute(x: int, angles: list[int], inverse: int, rows: int) -> None:
         if normed is not None:
             normed(x, x, inverse, rows * heads)
-        data = (x, *angles, x, strides.ctypes.data)
-        over(rows, lambda a, b: native.rotate(*data, a, b, heads, width, 0))
+        native.rotate(x, *angles, x, strides.ctypes.data, 0, rows, heads, width, 0)
 
     return compute
 

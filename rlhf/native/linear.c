@@ -116,13 +116,14 @@ static void multiply(long m, long pairs, const uint32_t *x, const uint32_t *pane
     }
 }
 
-// x: [rows][inputs] times a weight's panels first..last, into [rows][outputs]; `out` may be `residual`.
+// x: [rows][inputs] times a weight, into [rows][outputs]; `out` may be `residual`.
 int linear(const uint16_t *x, const uint32_t *panels, const uint16_t *bias, const uint16_t *residual, uint16_t *out,
-           long rows, long first, long last, long inputs, long outputs) {
-    long pairs = inputs / 2, most = NEAR / pairs / MOST * MOST;
+           long rows, long inputs, long outputs, int threads) {
+    long pairs = inputs / 2, most = NEAR / pairs / MOST * MOST, count_panels = (outputs + PANEL - 1) / PANEL;
     most = most > MOST ? most : MOST;
     for (long begin = 0; begin < rows; begin += most)
-        for (long p = first; p < last; p++) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (long p = 0; p < count_panels; p++) {
             long count = rows - begin < most ? rows - begin : most, parts = (count + MOST - 1) / MOST;
             for (long part = 0; part < parts; part++) {
                 long r = begin + count * part / parts, n = begin + count * (part + 1) / parts - r;

@@ -17,8 +17,8 @@ class Panels:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.outputs, self.inputs = weight.shape
-        self.count = -(-self.outputs // PANEL)
-        self._words = torch.empty(self.count * PANEL * self.inputs // 2, dtype=torch.int32)
+        self._count = -(-self.outputs // PANEL)
+        self._words = torch.empty(self._count * PANEL * self.inputs // 2, dtype=torch.int32)
         self.take(weight)
 
     @staticmethod
@@ -29,13 +29,13 @@ class Panels:
         native: Any = library()
         weight = weight.to(torch.bfloat16).contiguous()
         data = addresses(weight, self._words)
-        over(self.count, lambda a, b: native.pack_linear(*data, a, b, self.inputs, self.outputs))
+        over(self._count, lambda a, b: native.pack_linear(*data, a, b, self.inputs, self.outputs))
 
     def multiply(self, x: int, bias: int | None, residual: int | None, out: int, rows: int) -> None:
         """out = x weight^T + bias + residual, all by address, rows side by side; `out` may be `residual`."""
         native: Any = library()
-        data = (x, self._words.data_ptr(), bias, residual, out, rows)
-        over(self.count, lambda a, b: native.linear(*data, a, b, self.inputs, self.outputs))
+        words, threads = self._words.data_ptr(), torch.get_num_threads()
+        native.linear(x, words, bias, residual, out, rows, self.inputs, self.outputs, threads)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x: bfloat16 [..., inputs]."""

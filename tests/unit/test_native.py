@@ -293,7 +293,7 @@ def test_other_formats_are_computed_as_before():
 
 @pytest.mark.parametrize("slots", [3, 64])
 @pytest.mark.parametrize("model_config", CONFIGS, ids=lambda c: c.model_type)
-def test_sampling_has_the_log_probabilities_of_a_second_pass(policy_folder, model_config, slots):
+def test_sampling_has_the_log_probabilities_of_a_second_pass(policy_folder, model_config, slots, threads):
     """Rows leave, others take their slots, room grows, a prompt is shared by rows that come later."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config).eval()
