@@ -166,7 +166,7 @@ class Controller:
         self._ledger.ready(item)
 
     def _put(self, item: int) -> None:
-        """The queue takes calls in order, and `lease` says what it misses: none of its answers is waited for."""
+        """Not waited for: the queue takes calls in order, and `lease` says what it misses."""
         held = self._held[item]
         self._queue.put.remote(item, (held.rollouts, held.rewards))
 

@@ -93,11 +93,9 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
         subprocess.run([sys.executable, "-m", "benchmarks.workloads", name, folder], check=True)
         for n in range(rounds):
             peer = last_json(["benchmarks.peer", name, folder, str(peer_steps), *PEER[name]], 3600)
-            rates = [matrix_rate(workload, "bfloat16")]
+            rates = [matrix_rate(workload, "bfloat16")]  # and after: other users of the machine come and go
             ours = last_json(["benchmarks.ours", name, folder, str(our_steps), *OURS[name]], 3600)
-            rates.append(
-                matrix_rate(workload, "bfloat16")
-            )  # before and after: other users of the machine come and go
+            rates.append(matrix_rate(workload, "bfloat16"))
             rate = statistics.fmean(rates)
             necessary = workload.necessary(PER_STEP * SAMPLES * ours["response_tokens"])
             seconds = PER_STEP * SAMPLES / ours["samples_per_s"]

@@ -26,9 +26,8 @@ from rlhf.config import Config
 from rlhf.config_checks import typed
 from rlhf.logs import read_metrics
 
-WARM_UP = (
-    4  # steps left out: first calls of everything, the pipeline fills, memory of the object store is new
-)
+WARM_UP = 4
+"""Steps left out: first calls of everything, the pipeline fills, the object store's memory is new."""
 
 
 MODELS = ("ray::LearnerRank", "ray::Generator", "ray::ServeReplica:rewards")

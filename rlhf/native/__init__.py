@@ -113,7 +113,7 @@ def _workers(count: int) -> ThreadPoolExecutor:
 
 def over(count: int, work: Callable[[int, int], int]) -> None:
     """Calls `work(first, last)` on parts of 0..count, one for each of PyTorch's threads; 0 means that it worked. For
-    long work: what takes microseconds divides itself, with OpenMP."""
+    long work: a step of sampling calls what takes microseconds, which divides itself, by OpenMP, or not at all."""
     parts = min(torch.get_num_threads(), count)
     if parts <= 1:
         failed = [work(0, count)]

@@ -332,11 +332,7 @@ int tree_backward(uint16_t *query, uint16_t *key, uint16_t *value, uint16_t *out
     return failed;
 }
 
-// One step of sampling: each row's new token over its prompt and its own tokens, the new one among them. Queries, new keys, new values and out are [rows][heads][width]; own keys and values
-// [slots][key heads][space][width], where the new ones are added. A prompt's keys are words
-// [key heads][width/2][places], its values [key heads][places/2][width]. `order` has the rows by prompt, those of prompt
-// p from starts[p].
-// Key heads first..last.
+// What `decode` does, for key heads first..last.
 static int decode_heads(const uint16_t *query, const uint16_t *new_key, const uint16_t *new_value, uint16_t *out,
                         uint16_t *own_key, uint16_t *own_value, const uint32_t *const *keys,
                         const uint32_t *const *values, const int32_t *lengths, const int32_t *starts,
@@ -398,15 +394,20 @@ static int decode_heads(const uint16_t *query, const uint16_t *new_key, const ui
     return failed;
 }
 
+// One step of sampling: each row's new token over its prompt and its own tokens, the new one among them. Queries, new
+// keys, new values and out are [rows][heads][width]; own keys and values [slots][key heads][space][width], where the new
+// ones are added. A prompt's keys are words [key heads][width/2][places], its values [key heads][places/2][width].
+// `order` has the rows by prompt, those of prompt p from starts[p].
 int decode(const uint16_t *query, const uint16_t *new_key, const uint16_t *new_value, uint16_t *out, uint16_t *own_key,
            uint16_t *own_value, const uint32_t *const *keys, const uint32_t *const *values, const int32_t *lengths,
            const int32_t *starts, const int32_t *order, const int32_t *slots, const int32_t *counts, long prompts,
            long heads, long groups, long width, long space, float scale, int threads) {
     int failed = 0;
+    threads = threads < heads ? threads : (int)heads;
 #pragma omp parallel for num_threads(threads) if (threads > 1) reduction(| : failed)
     for (int part = 0; part < threads; part++)
         failed |= decode_heads(query, new_key, new_value, out, own_key, own_value, keys, values, lengths, starts, order,
-                               slots, counts, prompts, heads * part / threads, heads * (part + 1) / threads, heads, groups,
-                               width, space, scale);
+                               slots, counts, prompts, heads * part / threads, heads * (part + 1) / threads, heads,
+                               groups, width, space, scale);
     return failed;
 }

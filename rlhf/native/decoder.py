@@ -55,6 +55,7 @@ class NativeDecoder:
         self._body = body
         self._layers = [_Layer(layer) for layer in body.layers]
         self._norm = _norm(body.norm)
+        self._width = self._layers[0].shape.width
         self._room = _Room(self._layers, 0)
 
     @staticmethod
@@ -63,14 +64,19 @@ class NativeDecoder:
         body: Any = getattr(model, "base_model", None)
         if body is None or _children(body) != BODY or fused_epsilon(body.norm) is None:
             return None
-        return NativeDecoder(body) if all(map(_serves, body.layers)) else None
+        if (
+            not all(map(_serves, body.layers))
+            or len({layer.self_attn.head_dim for layer in body.layers}) != 1
+        ):
+            return None
+        return NativeDecoder(body)
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: Attends) -> torch.Tensor:
         """The last hidden states, bfloat16 [R, width], of a token in each row at its position; both int64 [R]."""
         rows = len(tokens)
         x = self._body.embed_tokens(tokens)
         turns = [part[:, 0].contiguous() for part in self._body.rotary_emb(x[:, None], positions[:, None])]
-        if {(t.dtype, t.shape[-1]) for t in turns} != {(x.dtype, self._layers[0].shape.width)}:
+        if {(t.dtype, *t.shape) for t in turns} != {(x.dtype, rows, self._width)}:
             raise ValueError("policy: its rotary positions are not those of its heads")
         if rows > self._room.rows:
             self._room = _Room(self._layers, rows)
@@ -184,9 +190,14 @@ def _serves(layer: Any) -> bool:
     if not all(isinstance(part, PackedLinear) and part.panels is not None for part in linear):
         return False
     width = getattr(attention, "head_dim", 0)
+    queries, keys, values = (getattr(attention, f"{name}_proj").panels.outputs for name in "qkv")
     head_norms = [getattr(attention, name) for name in own]
     return (
-        width % (2 * LANES) == 0
+        width > 0
+        and width % (2 * LANES) == 0
+        and keys == values
+        and keys % width == queries % keys == 0
+        and attention.o_proj.panels.inputs == queries
         and all(fused_epsilon(norm) is not None for norm in norms + head_norms)
         and all(len(norm.weight) == width for norm in head_norms)
         and getattr(attention, "scaling", None) is not None

@@ -57,10 +57,11 @@ typedef struct {
     long outputs;
 } ending;
 
+// `m` rows by one panel, into columns from `at`. `fetch`: the panel has not been read yet, so ask for what lies ahead.
 INLINE void block(const int m, long pairs, const uint32_t *x, const uint32_t *panel, uint16_t *out, long at, int fetch,
                   ending e) {
     vec sum[MOST][2], parts[MOST][2];
-    long part = pairs > 512 ? 512 : 256;
+    long part = pairs > 512 ? 512 : 256; // as oneDNN
     for (long begin = 0; begin < pairs; begin += part) {
         long end = begin + part < pairs ? begin + part : pairs;
 #pragma GCC unroll 14
@@ -119,11 +120,11 @@ static void multiply(long m, long pairs, const uint32_t *x, const uint32_t *pane
 // x: [rows][inputs] times a weight, into [rows][outputs]; `out` may be `residual`.
 int linear(const uint16_t *x, const uint32_t *panels, const uint16_t *bias, const uint16_t *residual, uint16_t *out,
            long rows, long inputs, long outputs, int threads) {
-    long pairs = inputs / 2, most = NEAR / pairs / MOST * MOST, count_panels = (outputs + PANEL - 1) / PANEL;
+    long pairs = inputs / 2, most = NEAR / pairs / MOST * MOST, last = (outputs + PANEL - 1) / PANEL;
     most = most > MOST ? most : MOST;
     for (long begin = 0; begin < rows; begin += most)
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (long p = 0; p < count_panels; p++) {
+        for (long p = 0; p < last; p++) {
             long count = rows - begin < most ? rows - begin : most, parts = (count + MOST - 1) / MOST;
             for (long part = 0; part < parts; part++) {
                 long r = begin + count * part / parts, n = begin + count * (part + 1) / parts - r;

@@ -25,6 +25,7 @@ from rlhf.generate.native_cache import NativeCache
 from rlhf.learn.batching import pack, pad
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
 from rlhf.models import attention
+from rlhf.models.packed import pack as pack_layers
 from rlhf.models.precision import cast, processor_flags
 from rlhf.models.trees import Tree
 from rlhf.native.decoder import NativeDecoder
@@ -341,6 +342,19 @@ def test_layers_of_the_same_parts_put_together_otherwise_are_not_decoded(policy_
     assert engine._cache._decoder is None
     rollouts = engine.generate(WorkItem(0, PROMPTS, samples=4, seed=0))
     assert np.abs(rollouts.logprobs - engine.logprobs(rollouts)).mean() <= 1e-3
+
+
+@pytest.mark.parametrize(("values", "width"), [(16, 32), (32, 64)])
+def test_layers_of_other_sizes_are_not_decoded(values, width):
+    """Values narrower than keys; heads of another width in one layer: compiled code would read beyond them."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
+    attention = model.model.layers[1].self_attn
+    attention.v_proj, attention.head_dim = torch.nn.Linear(64, values, bias=False), width
+    cast(model, torch.bfloat16)
+    fuse(model)
+    pack_layers(model, 16)
+    assert NativeDecoder.of(model) is None
 
 
 @pytest.fixture
