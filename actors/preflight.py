@@ -41,7 +41,8 @@ def _check_names(config: Config, data: RunData) -> None:
 def _check_policy(config: Config, data: RunData) -> None:
     from rlhf.data.chat import ChatFormat
     from rlhf.data.demonstrations import load_demonstrations
-    from rlhf.models.load import load_config, load_tokenizer, max_positions
+    from rlhf.models.load import load_config, load_tokenizer
+    from rlhf.models.reach import Reach
 
     policy = config.policy
     if policy.path is None and config.data.demonstrations is not None:
@@ -49,11 +50,11 @@ def _check_policy(config: Config, data: RunData) -> None:
     path, key = (policy.path, "policy.path") if policy.path else (policy.init_from, "policy.init_from")
     if path is None:
         return
-    limit = max_positions(load_config(path, key))
+    reach = Reach.of(load_config(path, key))
     chat = ChatFormat(load_tokenizer(path, key), "policy", policy.chat_template)
     prompts = [*data.prompts, *data.eval_prompts]
     lengths = [len(chat.prompt_tokens(p.content)) for p in prompts]
-    check_lengths(prompts, lengths, config.rollout.max_new_tokens, limit)
+    check_lengths(prompts, lengths, config.rollout.max_new_tokens, reach)
 
 
 def _check_reward_models(config: Config, data: RunData) -> None:

@@ -11,6 +11,7 @@ from rlhf.config import Config
 from rlhf.data.microcosm import FILES as MICROCOSM_FILES
 from rlhf.data.microcosm import write
 from rlhf.data.prompts import load_prompts
+from rlhf.models.reach import Reach
 from rlhf.store import Store, fingerprint
 from rlhf.types import Prompt
 
@@ -101,17 +102,17 @@ def _split(config: Config, prompts: list[Prompt]) -> tuple[list[Prompt], list[Pr
     return [p for p in prompts if p.id not in held_out_ids], [p for p in prompts if p.id in held_out_ids]
 
 
-def check_lengths(prompts: list[Prompt], tokens: list[int], max_new_tokens: int, limit: int | None) -> None:
+def check_lengths(prompts: list[Prompt], tokens: list[int], max_new_tokens: int, reach: Reach) -> None:
     """Refuses prompts that leave the policy no room for a response.
 
     Raises:
         ValueError: names the row, its tokens, and the limit.
     """
     for prompt, length in zip(prompts, tokens, strict=True):
-        if limit is not None and length + max_new_tokens > limit:
+        fault = reach.fault(length, max_new_tokens)
+        if fault is not None:
             raise ValueError(
-                f"{prompt.source}: a prompt of {length} tokens and rollout.max_new_tokens={max_new_tokens} exceed the "
-                f"policy's {limit} positions; shorten or remove the row, or lower rollout.max_new_tokens"
+                f"{prompt.source}: {fault}; shorten or remove the row, or lower rollout.max_new_tokens"
             )
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.generate.shared_cache import SharedCache
-from rlhf.learn.batching import attention_window
+from rlhf.models.reach import attention_window
 from rlhf.native import LANES, addresses, check, library, takes
 from rlhf.native.decoder import NativeDecoder, Shape
 

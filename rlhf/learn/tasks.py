@@ -12,7 +12,7 @@ import torch
 
 from rlhf.config import AlgorithmConfig, ArchitectureConfig, LoraConfig
 from rlhf.learn.alignment import Aligner, ReferencePolicy
-from rlhf.learn.batching import pad as pad_rows
+from rlhf.learn.batching import Layout
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import BradleyTerry, Objective, Supervised
@@ -21,6 +21,7 @@ from rlhf.models.load import load_policy, load_tokenizer, new_policy, new_reward
 from rlhf.models.lora import adapter_off, with_adapter
 from rlhf.models.packed import pack
 from rlhf.models.precision import cast, dtype_of
+from rlhf.models.reach import Reach
 from rlhf.models.reward import Classifier, packs
 
 
@@ -91,7 +92,7 @@ class AlignTask:
             key = "algorithm.critic.init_from"
             pad = load_tokenizer(start, key).pad_token_id
             value = ValueModel(new_reward_model(start, key, self.seed, pad).to(device))
-            lay = policy.lay if packs(value.inner, pad) else pad_rows
+            lay = lay.both(Layout(packs(value.inner, pad), Reach.of(value.inner.config)))
             critic = trainer(value)
         return Aligner(trainer(policy), reference, critic, self.settings, self.max_new_tokens, lay)
 

@@ -14,7 +14,8 @@ from rlhf.data.microcosm import build_tokenizer
 from rlhf.data.preferences import load_preferences
 from rlhf.data.prepare import RunData
 from rlhf.learn.objectives import PreferencePairs, TokenPairs
-from rlhf.models.load import load_config, load_tokenizer, max_positions
+from rlhf.models.load import load_config, load_tokenizer
+from rlhf.models.reach import max_positions
 from rlhf.store import Store, fingerprint, source_fingerprint
 from rlhf.types import Content, Ragged
 

@@ -130,14 +130,6 @@ def new_reward_model(path: str, key: str, seed: int, pad_token_id: int | None) -
     return model
 
 
-def max_positions(config: Any) -> int | None:
-    """The longest sequence a model takes, if its configuration says."""
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    return None
-
-
 def end_tokens(model: PreTrainedModel) -> set[int]:
     """Token ids that end a response by the model's generation configuration."""
     ids = getattr(model.generation_config, "eos_token_id", None)

@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.data.chat import ChatFormat
-from rlhf.learn.batching import TokenBatch, attention_window, by_length, pack
+from rlhf.learn.batching import TokenBatch, by_length, pack
 from rlhf.models import attention
 from rlhf.models.last_layer import LastLayer
-from rlhf.models.load import load_reward_model, load_tokenizer, max_positions
+from rlhf.models.load import load_reward_model, load_tokenizer
 from rlhf.models.packed import pack as pack_layers
 from rlhf.models.precision import cast, dtype_of
+from rlhf.models.reach import attention_window, max_positions
 from rlhf.models.trees import Tree
 from rlhf.native.layers import fuse
 from rlhf.types import Content, Ragged
