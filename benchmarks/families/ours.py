@@ -120,7 +120,7 @@ class Reward:
         asked = prompts(seed)
         kin = np.repeat(np.arange(len(asked)), SAMPLES)
         rows = [
-            asked[k] + random.integers(END + 1, VOCABULARY, size=1 + i % 5).tolist()
+            asked[k] + [*random.integers(END + 1, VOCABULARY, size=1 + i % 5).tolist(), END]
             for i, k in enumerate(kin)
         ]
         exact = _scores(self._plain, rows)
