@@ -73,12 +73,12 @@ def as_messages(value: Any, place: str) -> list[Message]:
 
 
 def _message(value: Any, place: str) -> Message:
-    calls = isinstance(value, Mapping) and value.get("role") == "assistant" and bool(value.get("tool_calls"))
-    if not isinstance(value, Mapping) or not {"role", "content"} - ({"content"} if calls else set()) <= set(
-        value
-    ):
-        found = "the keys " + ", ".join(map(repr, value)) if isinstance(value, Mapping) else f"{value!r:.80}"
-        raise ValueError(f"{place} must have 'role' and 'content'; found {found}")
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{place} must have 'role' and 'content'; found {value!r:.80}")
+    calls = value.get("role") == "assistant" and bool(value.get("tool_calls"))
+    if "role" not in value or not (calls or "content" in value):
+        found = ", ".join(map(repr, value))
+        raise ValueError(f"{place} must have 'role' and 'content'; found the keys {found}")
     if (role := value["role"]) not in ROLES:
         *most, last = map(repr, ROLES)
         raise ValueError(

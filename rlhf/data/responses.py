@@ -29,9 +29,12 @@ def response_of(row: Row, name: str, prompt: Content) -> Response:
             f"{place} must be what the assistant says after the prompt's last message, with or without the "
             "prompt's messages before it"
         )
-    if len(rest) > 1 and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        raise ValueError(f"{place} must be one message, because it continues the prompt's last message")
-    return spoken(rest)
+    response = spoken(rest)
+    if not isinstance(response, str) and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{place} must be one message of text, because it continues the prompt's last message"
+        )
+    return response
 
 
 def spoken(messages: Sequence[Message]) -> Response:

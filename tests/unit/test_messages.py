@@ -234,7 +234,11 @@ def test_messages_of_a_given_prompt_may_have_keys_of_their_own():
     [
         (
             {"prompt": [HI, SURE], "chosen": [DONE, HI, DONE], "rejected": "a"},
-            "'chosen' must be one message, because it continues the prompt's last message",
+            "'chosen' must be one message of text, because it continues the prompt's last message",
+        ),
+        (
+            {"prompt": [HI, SURE], "chosen": [CALL], "rejected": "a"},
+            "'chosen' must be one message of text, because",
         ),
         (
             {"prompt": [HI], "chosen": [TOOL, DONE], "rejected": "a"},
