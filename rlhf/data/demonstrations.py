@@ -3,6 +3,8 @@
 {"prompt": "text", "completion": "text"}                          standard
 {"prompt": [messages], "completion": [one assistant message]}     conversational
 {"messages": [..., {"role": "assistant", ...}]}                   the last turn is the response
+
+A response is one message of text; turns after it, tool calls or reasoning are refused, for they would be lost.
 """
 
 from __future__ import annotations

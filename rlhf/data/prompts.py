@@ -102,7 +102,12 @@ def implicit_prompt(row: Row) -> Content:
     chosen = as_content(row.values["chosen"], f"{row.source}: 'chosen'")
     rejected = as_content(row.values["rejected"], f"{row.source}: 'rejected'")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return checked(_common_text(chosen, rejected), row, "beginning that both share")
+        if not (common := _common_text(chosen, rejected)).strip():
+            raise ValueError(
+                f"{row.source}: the beginning that both share is empty; if another column holds the prompt, name it "
+                "'prompt', else leave the row out"
+            )
+        return checked(common, row)
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise ValueError(f"{row.source}: 'chosen' and 'rejected' must both be text or both be messages")
     shared = 0
@@ -140,7 +145,7 @@ def without_answer(messages: list[Message]) -> list[Message]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def checked(content: str | list[Message], row: Row, what: str = "prompt", begun: bool = False) -> Content:
+def checked(content: str | list[Message], row: Row, begun: bool = False) -> Content:
     """The content, if it can be answered and is all that there is to read.
 
     It is not empty, and the last of its messages is the user's or a tool's, with `begun` also the assistant's
@@ -159,7 +164,7 @@ def checked(content: str | list[Message], row: Row, what: str = "prompt", begun:
                 f"{row.source}: the prompt ends with tool calls; give the tools' answers after them"
             )
     if _empty(content):
-        raise ValueError(f"{row.source}: the {what} is empty; give it text or leave the row out")
+        raise ValueError(f"{row.source}: the prompt is empty; give it text or leave the row out")
     for name, always in UNREAD.items():
         if (always or not isinstance(content, str)) and row.values.get(name) not in (None, "", [], {}):
             raise ValueError(
