@@ -41,6 +41,7 @@ def _check_names(config: Config, data: RunData) -> None:
 def _check_policy(config: Config, data: RunData) -> None:
     from rlhf.data.chat import ChatFormat
     from rlhf.data.demonstrations import load_demonstrations
+    from rlhf.data.rows import at
     from rlhf.models.load import load_config, load_tokenizer
     from rlhf.models.reach import Reach
 
@@ -53,7 +54,10 @@ def _check_policy(config: Config, data: RunData) -> None:
     reach = Reach.of(load_config(path, key))
     chat = ChatFormat(load_tokenizer(path, key), "policy", policy.chat_template)
     prompts = [*data.prompts, *data.eval_prompts]
-    lengths = [len(chat.prompt_tokens(p.content)) for p in prompts]
+    lengths = []
+    for prompt in prompts:
+        with at(prompt.source):
+            lengths.append(len(chat.prompt_tokens(prompt.content)))
     check_lengths(prompts, lengths, config.rollout.max_new_tokens, reach)
 
 

@@ -25,7 +25,7 @@ from actors.roles import Roles
 from actors.work import seed_of
 from rlhf import timeline
 from rlhf.config import STAGES, Config, RewardModelConfig, TrainingConfig
-from rlhf.data.prepare import RunData, demonstrations_source, evaluator_source, preferences_source
+from rlhf.data.prepare import RunData, Sources, demonstrations_source, evaluator_source, preferences_source
 from rlhf.learn.tasks import AlignTask, BradleyTerryTask, SupervisedTask, Task, batch_indices, save_tokenizer
 from rlhf.logs import MetricsWriter
 from rlhf.progress import View
@@ -107,7 +107,7 @@ class Job:
             self._reward_model(f"evaluators.{name}", model, made, source, seed)
 
     def _reward_model(
-        self, key: str, model: RewardModelConfig, made: str, source: Callable[[], str], seed: int
+        self, key: str, model: RewardModelConfig, made: str, source: Callable[[], Sources], seed: int
     ) -> None:
         from rlhf.learn.tokenise import preference_tokens
 

@@ -26,11 +26,11 @@ class DataConfig:
     """Either the microcosm, or the user's own files and hub data sets."""
 
     microcosm: MicrocosmConfig | None
-    prompts: str | None  # a file, a folder or a hub name (see rlhf/data/rows.py)
-    eval_prompts: str | None  # null: eval_size prompts are held out of `prompts`
+    prompts: Any  # a file, a folder, a hub name or a pattern, or a list of these (see rlhf/data/rows.py)
+    eval_prompts: Any  # likewise; null: eval_size prompts are held out of `prompts`
     eval_size: int  # evaluation prompts used, at most
     train_size: int | None  # training prompts used, at most; null: all
-    demonstrations: str | None  # for the sft stage
+    demonstrations: Any  # likewise, for the sft stage
     tolerated_share: float  # of preference rows that are no pair: left out and counted; more is an error
     judge: str | None  # "microcosm", or null: the reward models judge
 
@@ -82,7 +82,7 @@ class PolicyConfig:
 class RewardModelConfig:
     path: str | None  # a finished sequence classifier with one label: not trained
     init_from: str | None  # the model that training starts from; null: the base policy
-    preferences: str | None  # pairs to train on; null: the microcosm's, by the model's name
+    preferences: Any  # pairs to train on, as data.prompts; null: the microcosm's, by the model's name
     chat_template: str | None
     training: TrainingConfig | None  # null only where path is given
     weight: float  # of its utility in the combination

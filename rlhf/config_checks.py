@@ -220,11 +220,26 @@ def _schedule_values(key: str, schedule: Any) -> list[float]:
     return [float(p[1]) for p in schedule]
 
 
+def _check_sources(config: Config) -> None:
+    data = config.data
+    given = {f"data.{key}": getattr(data, key) for key in ("prompts", "eval_prompts", "demonstrations")}
+    given |= {f"{key}.preferences": model.preferences for key, model in _all_models(config)}
+    for key, value in given.items():
+        parts = value if isinstance(value, list) else [value]
+        _refuse(
+            value is not None and not (parts and all(isinstance(part, str) and part for part in parts)),
+            f"{key}={value!r} must be a file, a folder, a hub name or a pattern, or a list of these",
+        )
+
+
 def _check_inputs(config: Config) -> None:
     data, policy, models = config.data, config.policy, config.reward_models
     _refuse(not models, "reward_models is empty: give at least one")
+    _check_sources(config)
     if data.microcosm is None:
-        _refuse(data.prompts is None, "data.prompts is missing: give a JSONL or Parquet file, or a hub name")
+        _refuse(
+            data.prompts is None, "data.prompts is missing: give a JSONL, CSV or Parquet file, or a hub name"
+        )
         _refuse(
             data.judge is not None, f"data.judge={data.judge} needs the microcosm's prompts (data=microcosm)"
         )
@@ -255,6 +270,11 @@ def _check_inputs(config: Config) -> None:
             model.reference == "canned" and not model.canned,
             f"{key}.reference=canned needs {key}.canned, a list of responses",
         )
+        for text in model.canned:
+            _refuse(
+                any("\ud800" <= character <= "\udfff" for character in text),
+                f"{key}.canned: {text!r} holds half of a surrogate pair, which is no character",
+            )
         _refuse(
             model.reference == "column" and model.column is None,
             f"{key}.reference=column needs {key}.column, a column of the prompts' data set",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"no fingerprint for {type(value)}")
 
 
-def source_fingerprint(source: str) -> str:
-    """Of a file or folder its content; of anything else (a hub name) the name."""
+def source_fingerprint(source: str | Sequence[str]) -> str:
+    """Of a file or folder its content; of anything else (a hub name) the name; of several sources all of them."""
+    if not isinstance(source, str):
+        return fingerprint([source_fingerprint(one) for one in source])
     path = Path(source).expanduser()
     if not path.exists():
         return fingerprint(source)

@@ -31,6 +31,28 @@ def test_shipped_choices_are_accepted(overrides, more):
     assert config(*overrides, *more).reward_models.keys() == {"helpful", "harmless"}
 
 
+@pytest.mark.parametrize(
+    ("override", "given"),
+    [
+        ("data.prompts=p.csv", "p.csv"),
+        ("data.prompts=shards/*.jsonl", "shards/*.jsonl"),
+        (
+            "data.prompts=[a.jsonl,b/*.parquet,owner/name@main:test]",
+            ["a.jsonl", "b/*.parquet", "owner/name@main:test"],
+        ),
+        ("data.eval_prompts=[a.jsonl]", ["a.jsonl"]),
+        ("data.demonstrations=[a.jsonl,b.jsonl]", ["a.jsonl", "b.jsonl"]),
+        ("reward_models.helpful.preferences=[a.jsonl,b.jsonl]", ["a.jsonl", "b.jsonl"]),
+    ],
+)
+def test_a_data_key_takes_one_source_or_a_list(override, given):
+    found = config(*GIVEN, override)
+    key = override.split("=")[0]
+    for part in key.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == given
+
+
 def test_the_canned_refusals_are_the_microcosms():
     assert tuple(config().reward_models["harmless"].canned) == CANNED_REFUSALS
 
@@ -59,6 +81,20 @@ def test_the_canned_refusals_are_the_microcosms():
         (["reward_models.helpful.reference=best"], r"reward_models.helpful.reference=best is not one of"),
         (["data.prompts=x.jsonl"], r"data.prompts needs data=files"),
         (["data=files"], r"data.prompts is missing"),
+        ([*GIVEN, "data.prompts=3"], r"data.prompts=3 must be a file, .* or a list of these"),
+        ([*GIVEN, "data.eval_prompts=[]"], r"data.eval_prompts=\[\] must be a file"),
+        (
+            [*GIVEN, "data.demonstrations=[a.jsonl,null]"],
+            r"data.demonstrations=\['a.jsonl', None\] must be a file",
+        ),
+        (
+            [*GIVEN, "reward_models.helpful.preferences=''"],
+            r"reward_models.helpful.preferences='' must be a file",
+        ),
+        (
+            ["reward_models.harmless.canned=[No.,'\udcff']"],
+            r"reward_models.harmless.canned: '\\udcff' holds half",
+        ),
         (FILES, r"give reward_models.helpful.path .* or reward_models.helpful.preferences"),
         (
             ["data=files", "data.prompts=p.jsonl"],

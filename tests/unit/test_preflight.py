@@ -45,6 +45,19 @@ def test_good_input_passes_and_holds_out(given):
     assert not {p.id for p in data.prompts} & {p.id for p in data.eval_prompts}
 
 
+def test_several_files_and_numbers_from_csv(given, tmp_path):
+    rows = [["what is tea ?", 1], ["what is bread ?", "-0.5"]]
+    for name, (text, number) in zip(("a.csv", "b.csv"), rows, strict=True):
+        talk = json.dumps(prompt(text)["prompt"]).replace('"', '""')
+        (tmp_path / name).write_text(f'prompt,r\n"{talk}",{number}\n')
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({**GOOD[2], "r": 2.5}))
+    reference = ["reward_models.helpful.reference=column", "reward_models.helpful.column=r"]
+    sources = [f"data.prompts={tmp_path}/*.csv", f"data.eval_prompts=[{tmp_path}/held_out.jsonl]"]
+    data = given(GOOD, *sources, *reference)
+    assert [p.content for p in [*data.prompts, *data.eval_prompts]] == [row["prompt"] for row in GOOD]
+    assert [value for _, value in data.column("r")] == [1.0, -0.5, 2.5]
+
+
 def test_missing_and_empty_files(given, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.jsonl: no such file"):
         given(GOOD, "data.prompts=nowhere.jsonl")
