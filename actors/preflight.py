@@ -73,6 +73,7 @@ def _check_reward_models(config: Config, data: RunData) -> None:
                 check_reward_config(found, key)
             chat = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", model.chat_template)
             chat.conversation_tokens(data.prompts[0].content, "A response.")
-            chat.check_table(embedding_rows(found), [p.content for p in data.prompts])
+            prompts = [*data.prompts, *data.eval_prompts]
+            chat.check_table(embedding_rows(found), [p.content for p in prompts])
         if model.path is None and model.preferences is not None:
             load_preferences(model.preferences, config.data.tolerated_share)

@@ -87,19 +87,25 @@ class ChatFormat:
     ) -> tuple[str, ...]:
         """The texts of sampled responses: what their tokens add to the prompt's, without the token that ended them.
 
-        Other special tokens stay in the text as they are spelled. A space that the template puts between the
-        prompt and what the assistant says is not of the text: a template writes it again.
+        What the template itself writes before and after what the assistant says is not of the text either: a
+        template writes it again. Other special tokens stay in the text as they are spelled.
 
         Args:
             contents, prompts: what was asked and its `prompt_tokens`.
             group: for each response, the number of its prompt.
             ends: tokens that end a response.
         """
-        spaces = [self._space(content) for content in contents]
+        frames = [self._frame(content) for content in contents]
         texts = []
         for g, tokens in zip(group, responses, strict=True):
-            said = tokens[:-1] if len(tokens) and tokens[-1] in ends else tokens
-            texts.append(text_after(self.tokenizer, prompts[g], said).removeprefix(spaces[g]))
+            opening, closing = frames[g]
+            said = [int(i) for i in tokens if i <= self._last]  # a policy's table may be padded
+            if said and said[-1] in ends:
+                said.pop()
+                closing = closing[:-1] if closing and closing[-1] in ends else closing
+                if closing and said[-len(closing) :] == closing:
+                    del said[-len(closing) :]
+            texts.append(text_after(self.tokenizer, prompts[g], said).removeprefix(opening))
         return tuple(texts)
 
     def end_tokens(self) -> list[int]:
@@ -136,22 +142,28 @@ class ChatFormat:
         return TextReader(self.tokenizer, self.template.control, self.owner)
 
     @cached_property
+    def _last(self) -> int:
+        """The last token that the tokenizer knows."""
+        return max(self.tokenizer.get_vocab().values())
+
+    @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
         """The tokens that the tokenizer puts before and after a text."""
         alone, whole = self._read("a"), self.tokenizer("a")["input_ids"]
         at = next(i for i in range(len(whole) + 1) if whole[i : i + len(alone)] == alone)
         return whole[:at], whole[at + len(alone) :]
 
-    def _space(self, content: Content) -> str:
-        """Whitespace that a response to this prompt begins with in the template's text but not in the message."""
-        if self._plain(content):
-            return ""
-        assert not isinstance(content, str)
+    def _frame(self, content: Content) -> tuple[str, list[int]]:
+        """The text before and the tokens after what a response to this prompt says, which are not of the message."""
+        if isinstance(content, str):
+            return self.template.lost_space(content), []
+        if self.template.transcript:
+            return "", []
         if content[-1]["role"] != "assistant":
-            return self.template.separator
+            return self.template.opening, self.template.closing
         said = content[-1]["content"]
         space = said[len(said.rstrip()) :]  # some templates trim it, so that the response begins with it
-        return "" if self.template.prompt(content).endswith(space) else space
+        return "" if self.template.prompt(content).endswith(space) else space, self.template.closing
 
     def _plain(self, content: Content) -> bool:
         """Whether the model reads plain text: the content is, or a transcript is made of it."""
@@ -159,9 +171,9 @@ class ChatFormat:
 
     def _prompt(self, content: Content) -> str:
         """The prompt's text, in the `TextReader`'s marks."""
-        return (
-            content if isinstance(content, str) else self.template.prompt(self._reader.marked(list(content)))
-        )
+        if isinstance(content, str):
+            return content
+        return self.template.prompt(self._reader.marked(list(content)))
 
     def _conversation(self, content: Content, response: str | Sequence[Message]) -> str:
         if isinstance(content, str):

@@ -16,8 +16,7 @@ def text_after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], tokens
     """What `tokens` add to the text of the tokens before them: the text of all, less that of `before`.
 
     Alone, tokens lose what depends on their neighbours: SentencePiece's space at the start, WordPiece's joint
-    ("##"), the end of words. Special tokens are in the text as they are spelled; a token that the tokenizer
-    does not know (tables are padded) adds nothing.
+    ("##"), the end of words. Special tokens are in the text as they are spelled.
     """
     context = before[-CONTEXT:]
     start, whole = _decode(tokenizer, context), _decode(tokenizer, [*context, *tokens])
@@ -30,6 +29,4 @@ def text_after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], tokens
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    return tokenizer.decode(
-        [int(i) for i in tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
+    return tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)

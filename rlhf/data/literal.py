@@ -156,9 +156,9 @@ def _rename(model: dict[str, Any], names: Mapping[str, str], ids: Mapping[str, i
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
         return
     parts: set[str] = set()
-    for merge in model.get("merges", ()):
-        first, second = merge.split(" ") if isinstance(merge, str) else merge
-        parts |= {first, second, first + second}
+    inner = model.get("continuing_subword_prefix") or ""
+    for first, second in model.get("merges", ()):
+        parts |= {first, second, first + second.removeprefix(inner)}
     for old, new in names.items():
         if old in model["vocab"] and old not in parts:
             del model["vocab"][old]

@@ -59,7 +59,7 @@ class Template:
         if self.source is None or self.transcript:
             return None
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-        last = self.without_trailing_space(self._read(self.conversation([USER, ASSISTANT])))[-1]
+        last = self.without_trailing_space(self._read(self._render([USER, ASSISTANT])))[-1]
         is_eos, is_unknown = last == self.tokenizer.eos_token_id, last == self.tokenizer.unk_token_id
         return last if is_eos or (last in special and not is_unknown) else None
 
@@ -71,18 +71,32 @@ class Template:
         control = {t.content for t in added.values() if t.special} | {*self.tokenizer.all_special_tokens}
         others = {i: t.content for i, t in added.items() if t.content.strip() and t.content not in control}
         if others and self.source is not None and not self.transcript:
-            user, prompt = self.conversation([USER]), self.prompt([USER])
+            user, prompt = self._render([USER]), self._render([USER], add_generation_prompt=True)
             header = prompt[len(user) :].lstrip() if prompt.startswith(user) else ""
             marks = {*self._read(user), *self._read(header)[:1], self.end_of_turn}
             control |= {token for i, token in others.items() if i in marks}
         return control
 
     @cached_property
-    def separator(self) -> str:
-        """The whitespace between the generation prompt and what the assistant says."""
+    def opening(self) -> str:
+        """What it writes between the generation prompt and what the assistant says, as it is decoded."""
         prompt, whole = self.prompt([USER]), self.conversation([USER, ASSISTANT])
         between = whole[len(prompt) :].partition(ASSISTANT["content"])[0] if whole.startswith(prompt) else ""
-        return between if between.isspace() else ""
+        return self.lost_space(prompt) + between
+
+    def lost_space(self, text: str) -> str:
+        """The space that decoding puts after this text though the text ends with its own: " " if the text's tokens do
+        not show it (those of word-level tokenizers do not), else nothing."""
+        space = text[len(text.rstrip()) :]
+        return " " if space and not self.tokenizer.decode(self._read(text[-64:])).endswith(space) else ""
+
+    @cached_property
+    def closing(self) -> list[int]:
+        """The tokens that it writes after what the assistant says, up to the last that is no space."""
+        whole = self.conversation([USER, ASSISTANT])
+        said = self._read("".join(whole.rpartition(ASSISTANT["content"])[:2]))
+        tokens = self._read(whole)
+        return self.without_trailing_space(tokens[len(said) :]) if tokens[: len(said)] == said else []
 
     def without_trailing_space(self, tokens: list[int]) -> list[int]:
         end = len(tokens)

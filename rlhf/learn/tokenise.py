@@ -86,7 +86,7 @@ def _texts(config: Config, data: RunData) -> Iterator[str]:
             yield from (*_said(example.prompt), example.response)
     for source in data.preferences.values():
         for pair in load_preferences(source, config.data.tolerated_share) if source else []:
-            yield from (*_said(pair.prompt), *_said(pair.chosen), *_said(pair.rejected))
+            yield from (*_said(pair.prompt), pair.chosen, pair.rejected)
     for model in config.reward_models.values():
         yield from model.canned
 
