@@ -41,7 +41,7 @@ def _check_names(config: Config, data: RunData) -> None:
 def _check_policy(config: Config, data: RunData) -> None:
     from rlhf.data.chat import ChatFormat
     from rlhf.data.demonstrations import load_demonstrations
-    from rlhf.models.load import embedding_rows, load_config, load_tokenizer, max_positions
+    from rlhf.models.load import load_config, load_tokenizer, max_positions
 
     policy = config.policy
     if policy.path is None and config.data.demonstrations is not None:
@@ -53,15 +53,15 @@ def _check_policy(config: Config, data: RunData) -> None:
     limit = max_positions(found)
     chat = ChatFormat(load_tokenizer(path, key), "policy", policy.chat_template)
     prompts = [*data.prompts, *data.eval_prompts]
-    chat.check_table(embedding_rows(found), [p.content for p in prompts])
     lengths = [len(chat.prompt_tokens(p.content)) for p in prompts]
     check_lengths(prompts, lengths, config.rollout.max_new_tokens, limit)
+    chat.check_table(found, [p.content for p in prompts])
 
 
 def _check_reward_models(config: Config, data: RunData) -> None:
     from rlhf.data.chat import ChatFormat
     from rlhf.data.preferences import load_preferences
-    from rlhf.models.load import check_reward_config, embedding_rows, load_config, load_tokenizer
+    from rlhf.models.load import check_reward_config, load_config, load_tokenizer
 
     groups = {"reward_models": config.reward_models, "evaluators": config.evaluators}
     for group, name, model in [(g, n, m) for g, models in groups.items() for n, m in models.items()]:
@@ -74,6 +74,6 @@ def _check_reward_models(config: Config, data: RunData) -> None:
             chat = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", model.chat_template)
             chat.conversation_tokens(data.prompts[0].content, "A response.")
             prompts = [*data.prompts, *data.eval_prompts]
-            chat.check_table(embedding_rows(found), [p.content for p in prompts])
+            chat.check_table(found, [p.content for p in prompts])
         if model.path is None and model.preferences is not None:
             load_preferences(model.preferences, config.data.tolerated_share)

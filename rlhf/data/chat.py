@@ -19,7 +19,7 @@ from rlhf.data.template import Template
 from rlhf.types import Content, Message
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 class ChatFormat:
@@ -112,14 +112,13 @@ class ChatFormat:
         """The tokens that end a response: EOS, and the template's end-of-turn token where it is another."""
         return sorted(i for i in {self._eos, self.template.end_of_turn} if i is not None)
 
-    def check_table(self, size: int | None, contents: Iterable[Content]) -> None:
-        """Refuses a tokenizer or template that uses tokens beyond the model's embedding table of `size` rows
-        (None: unknown, nothing is checked).
+    def check_table(self, model: PretrainedConfig, contents: Iterable[Content]) -> None:
+        """Refuses a tokenizer or template that uses tokens beyond the embedding table of a model of this
+        configuration.
 
         Tokens that are only there (a padding token, say) may lie beyond it: no text is read as them.
         """
-        if size is None:
-            return
+        size = model.get_text_config().vocab_size
         beyond = {i: token for token, i in self.tokenizer.get_vocab().items() if i >= size}
         if not beyond:
             return

@@ -138,11 +138,6 @@ def max_positions(config: Any) -> int | None:
     return None
 
 
-def embedding_rows(config: Any) -> int | None:
-    """Rows of a model's embedding table, if its configuration says: it reads tokens below this."""
-    return getattr(config.get_text_config(), "vocab_size", None)
-
-
 def end_tokens(model: PreTrainedModel) -> set[int]:
     """Token ids that end a response by the model's generation configuration."""
     ids = getattr(model.generation_config, "eos_token_id", None)

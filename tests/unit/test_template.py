@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import LlamaConfig
 
 from rlhf.data.chat import ChatFormat
 from tests.tokenizers import CHATML, byte_level, sentence_piece
@@ -139,18 +140,18 @@ def test_tokens_beyond_the_embedding_table():
     tokenizer = byte_level()
     end, rows = tokenizer.convert_tokens_to_ids("<|im_end|>"), len(tokenizer)
     chat = ChatFormat(tokenizer, "reward model 'kind'")
-    for size in (rows, rows + 64, None):
-        chat.check_table(size, [[USER]])
+    for size in (rows, rows + 64):
+        chat.check_table(LlamaConfig(vocab_size=size), [[USER]])
     with pytest.raises(
         ValueError,
         match=rf"^reward model 'kind': its tokenizer uses the token '<.im_end.>' \({end}\).*has {end} rows",
     ):
-        chat.check_table(end, [[USER]])
+        chat.check_table(LlamaConfig(vocab_size=end), [[USER]])
     # A padding token that was added and is never read does no harm; an added word does.
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    ChatFormat(tokenizer, "policy").check_table(rows, [[USER], "text"])
+    ChatFormat(tokenizer, "policy").check_table(LlamaConfig(vocab_size=rows), [[USER], "text"])
     with pytest.raises(ValueError, match=r"'<pad>'"):
-        ChatFormat(tokenizer, "policy").check_table(rows, ["a <pad> in plain text"])
+        ChatFormat(tokenizer, "policy").check_table(LlamaConfig(vocab_size=rows), ["a <pad> in plain text"])
     tokenizer.add_tokens(["word"])
     with pytest.raises(ValueError, match=r"'word'"):
-        ChatFormat(tokenizer, "policy").check_table(rows, [[USER]])
+        ChatFormat(tokenizer, "policy").check_table(LlamaConfig(vocab_size=rows), [[USER]])
