@@ -9,6 +9,7 @@ whoever reads it. A plain-text prompt may be the work of a template, so there it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -118,7 +119,9 @@ class ChatFormat:
 
         Tokens that are only there (a padding token, say) may lie beyond it: no text is read as them.
         """
-        size = model.get_text_config().vocab_size
+        size = getattr(
+            model.get_text_config(), "vocab_size", math.inf
+        )  # some read characters without a table
         beyond = {i: token for token, i in self.tokenizer.get_vocab().items() if i >= size}
         if not beyond:
             return
