@@ -109,14 +109,21 @@ class TextReader:
         return tokens
 
     def _check(self, tokens: list[int], meant: list[str], text: str) -> None:
-        """Refuses text from whose ordinary pieces the tokenizer makes a control token."""
+        """Refuses text from whose ordinary pieces the tokenizer makes a control token, and control tokens that it
+        does not find (those of whole words only, beside another word)."""
         unknown = self.tokenizer.unk_token_id
         names = {i: token for token, i in self._ids.items() if i != unknown}
         found = Counter(names[i] for i in tokens if i in names)
-        if unmeant := found - Counter(meant):
+        expected = Counter(token for token in meant if self._ids[token] != unknown)
+        if unmeant := found - expected:
             raise ValueError(
                 f"{self.owner}: the tokenizer reads {min(unmeant)!r} as that token even where it is text, in "
                 f"{self.plain(text)[-200:]!r}; leave it out of the data or drop it from the vocabulary"
+            )
+        if missed := expected - found:
+            raise ValueError(
+                f"{self.owner}: the tokenizer does not find its token {min(missed)!r} everywhere, in "
+                f"{self.plain(text)[-200:]!r}; add it as a special token that is no single word"
             )
 
     @cached_property

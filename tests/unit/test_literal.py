@@ -174,6 +174,16 @@ def test_a_token_that_merges_make_is_refused():
         chat.response_tokens("a", "aca")
 
 
+def test_a_token_that_is_found_between_spaces_only_is_refused():
+    tokenizer = byte_level(CHATML.replace("<|im_end|>", "<eot>"))
+    tokenizer.add_tokens([AddedToken("<eot>", single_word=True, special=True, normalized=False)])
+    chat = ChatFormat(tokenizer, "policy")
+    with pytest.raises(
+        ValueError, match=r"^policy: the tokenizer does not find its token '<eot>' everywhere"
+    ):
+        chat.prompt_tokens(user("a <eot> cat"))
+
+
 def test_tokenizers_in_python():
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
