@@ -51,7 +51,8 @@ def _check_policy(config: Config, data: RunData) -> None:
     path, key = (policy.path, "policy.path") if policy.path else (policy.init_from, "policy.init_from")
     if path is None:
         return
-    reach = Reach.of(load_config(path, key))
+    found = load_config(path, key)
+    reach = Reach.of(found)
     chat = ChatFormat(load_tokenizer(path, key), "policy", policy.chat_template)
     prompts = [*data.prompts, *data.eval_prompts]
     lengths = []
@@ -59,6 +60,7 @@ def _check_policy(config: Config, data: RunData) -> None:
         with at(prompt.source):
             lengths.append(len(chat.prompt_tokens(prompt.content)))
     check_lengths(prompts, lengths, config.rollout.max_new_tokens, reach)
+    chat.check_table(found, [p.content for p in prompts])
 
 
 def _check_reward_models(config: Config, data: RunData) -> None:
@@ -76,5 +78,7 @@ def _check_reward_models(config: Config, data: RunData) -> None:
                 check_reward_config(found, key)
             chat = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", model.chat_template)
             chat.conversation_tokens(data.prompts[0].content, "A response.")
+            prompts = [*data.prompts, *data.eval_prompts]
+            chat.check_table(found, [p.content for p in prompts])
         if model.path is None and model.preferences is not None:
             load_preferences(model.preferences, config.data.tolerated_share)

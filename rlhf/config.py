@@ -72,7 +72,9 @@ class LoraConfig:
 class PolicyConfig:
     path: str | None  # a finished base policy: the sft stage is skipped
     init_from: str | None  # the model that sft starts from; null: `architecture`, with random weights
-    chat_template: str | None  # Jinja text, a file, or "hh"; null: the tokenizer's own
+    chat_template: (
+        str | None
+    )  # Jinja text, a file, "hh", or the name of one of the tokenizer's; null: its own
     architecture: ArchitectureConfig
     training: TrainingConfig
     lora: LoraConfig | None  # align adapters and not the policy's own weights; null: all weights

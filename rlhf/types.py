@@ -122,7 +122,7 @@ class Rollouts:
     tokens: Ragged  # int32, B rows: response tokens, with the end-of-sequence token if it was sampled
     logprobs: np.ndarray  # float32 [T], aligned with tokens.values
     finished: np.ndarray  # bool [B]: ended by the end-of-sequence token (else cut at the length limit)
-    texts: tuple[str, ...]  # [B]: decoded responses, special tokens removed
+    texts: tuple[str, ...]  # [B]: responses as text after their prompts, without the token that ended them
     seconds: float = 0.0  # wall time from the item's arrival at the generator to its last token
 
     @property

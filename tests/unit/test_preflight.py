@@ -9,7 +9,7 @@ import pytest
 from actors.preflight import preflight
 from actors.resources import check_offer
 from rlhf.store import Store
-from tests.tiny import save_reward_model
+from tests.tiny import save_policy, save_reward_model
 from tests.unit.test_config import config
 
 
@@ -95,6 +95,25 @@ def test_reward_model_with_two_labels(given, tmp_path):
         ValueError, match=r"reward_models.helpful.path: a reward model has one label, .* has 2"
     ):
         given(GOOD, f"reward_models.helpful.path={folder}")
+
+
+def test_tokens_beyond_an_embedding_table_name_model_token_and_size(given, tmp_path):
+    small, padded = (save_policy(tmp_path / str(rows), vocab_size=rows) for rows in (20, 64))
+    demonstrations = tmp_path / "demonstrations.jsonl"
+    demonstrations.write_text(json.dumps(GOOD[0] | {"completion": [{"role": "assistant", "content": "yes"}]}))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "what", "chosen": " yes", "rejected": " no"}))
+    trained = ["policy.path=null", f"data.demonstrations={demonstrations}"]
+    helpful = ["reward_models.helpful.path=null", f"reward_models.helpful.preferences={pairs}"]
+    refused = r"its tokenizer uses the token 'open' \(20\), but its embedding table has 20 rows"
+    for owner, key, others in (
+        ("policy", "policy.path", []),
+        ("policy", "policy.init_from", trained),
+        ("reward model 'helpful'", "reward_models.helpful.init_from", helpful),
+    ):
+        with pytest.raises(ValueError, match=f"^{owner}: {refused}"):
+            given(GOOD, *others, f"{key}={small}")
+        given(GOOD, *others, f"{key}={padded}")
 
 
 def test_conversation_without_a_chat_template_names_the_key(given, tmp_path):
