@@ -14,8 +14,8 @@
 | learner     | all items of the next batch        | the queue's lease                        |
 
 The driver owns every object and fetches no tokens: it reads summaries and rewards only. Rule of the ledger:
-version(learner) - version(rollout) <= staleness. What a process or a node takes with it when it ends, the work item is
-sampled again for, wherever it was: `TRIES` times at most.
+version(learner) - version(rollout) <= staleness. An item of which anything is lost with a process or a node, wherever
+it is by then, is sampled again: `rlhf.flow.fleet.TRIES` times in all.
 """
 
 from __future__ import annotations
