@@ -41,8 +41,8 @@ class BaselineStage:
         """What to tell of it: samples taken and saved, and for each model the median standard error of r_ref."""
         with self._roles.start_beside("rewards"):
             self._roles.generators.load(self._artifacts.policy_path)
-        self._actor = self._roles.baseline.actor
-        ray.get(self._actor.reset.remote(self._artifacts.baseline_keys, self._config.baseline.exact))
+        self._actor, ask = self._roles.baseline.actor, self._roles.baseline.ask
+        ask("reset", self._artifacts.baseline_keys, self._config.baseline.exact)
         unseen = self._unseen()
         updates = self._canned() + self._columns()
         found: dict[str, Any] = {}
@@ -53,7 +53,7 @@ class BaselineStage:
         for update in updates:
             update.result()
         found |= {"samples": self._taken, "prompts": len(self._ids), "prompts_sampled": len(unseen)}
-        references = ray.get(self._actor.references.remote(self._ids, self._rules, 0))
+        references = ask("references", self._ids, self._rules, 0)
         found["references"] = {
             name: {
                 "r_ref": float(np.mean(r.r_ref)),
@@ -62,7 +62,7 @@ class BaselineStage:
             }
             for name, r in references.items()
         }
-        found["digest"] = ray.get(self._actor.freeze.remote())
+        found["digest"] = ask("freeze")
         return found
 
     def _unseen(self) -> list[Prompt]:
@@ -70,8 +70,9 @@ class BaselineStage:
         baseline = self._config.baseline
         if baseline.known is None:
             return self._prompts
-        ray.get(self._actor.adopt.remote(baseline.known, self._artifacts.baseline_keys))
-        known = ray.get(self._actor.known.remote(self._rules, self._ids))
+        ask = self._roles.baseline.ask
+        ask("adopt", baseline.known, self._artifacts.baseline_keys)
+        known = ask("known", self._rules, self._ids)
         unseen = [p for p, k in zip(self._prompts, known, strict=True) if not k]
         if unseen and baseline.unseen == "refuse":
             raise ValueError(
@@ -107,7 +108,7 @@ class BaselineStage:
         assert b.tolerance is not None
         sampling = AdaptiveSampling(b.tolerance, b.samples, b.max_samples)
         while True:
-            progress = ray.get(self._actor.progress.remote(sampling, self._rules, self._ids))
+            progress = self._roles.baseline.ask("progress", sampling, self._rules, self._ids)
             if not progress.needs.any():
                 return progress.saved
             self._sample([p for p, needs in zip(self._prompts, progress.needs, strict=True) if needs])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 
 from actors.failures import PATIENCE, died, lost, root, short
 from rlhf.flow.fleet import TRIES, Fleet
@@ -148,9 +148,13 @@ class Link:
         return None
 
     def _failed(self, call: _Call, error: RayError, policy: Policy) -> bool | None:
+        if call.what == "look":
+            if isinstance(error, ActorDiedError):  # for good: else it is unavailable for a while
+                raise ValueError(
+                    f"generator {self.number} cannot start: {str(error).strip().splitlines()[-1]}"
+                )
+            return None
         if died(error):
-            if call.what == "look":
-                return None
             self.stumbled(short(error))
             return True
         if call.policy is not policy:
@@ -165,7 +169,7 @@ class Link:
         return None
 
     def stumbled(self, why: str) -> None:
-        """Counts an end in the middle of loading or pulling.
+        """Counts an end in the middle of loading or of pulling.
 
         Raises:
             ValueError: once too often.

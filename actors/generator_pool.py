@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from ray.exceptions import RayError
 
 from actors.failures import lost, short
 from actors.generator import Generator, Summary
-from actors.generator_link import Link, Policy
+from actors.generator_link import LOOK, Link, Policy
 from actors.resources import actor_options
 from rlhf.config import RoleConfig, RolloutConfig
 from rlhf.flow.fleet import TRIES, Fleet
@@ -262,8 +263,10 @@ class GeneratorPool:
 
 
 def ready(pending: Sequence[ray.ObjectRef]) -> list[ray.ObjectRef]:
-    """One that is ready, or none after a second."""
-    assert pending, "nothing is waited for"
+    """One that is ready, or none after a while."""
+    if not pending:  # no process is up, and it is too early to look for one again
+        time.sleep(LOOK)
+        return []
     return ray.wait(list(pending), timeout=1.0)[0]
 
 

@@ -34,6 +34,29 @@ class Frail(Generator):
         return await super().generate(item)
 
 
+class Stillborn:
+    """Its process cannot start."""
+
+    def __init__(self, *_):
+        raise RuntimeError("no such device")
+
+    async def ping(self):
+        """Never answered."""
+
+
+class Mayfly:
+    """Its process ends whenever it loads a policy."""
+
+    def __init__(self, *_):
+        pass
+
+    async def ping(self):
+        """It is there."""
+
+    async def load(self, policy):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Slow(Generator):
     """Takes 0.3 s for each token."""
 

@@ -11,12 +11,13 @@ import ray
 import torch
 
 import actors.roles
+from actors.baseline import Baseline
 from actors.generator_pool import GeneratorPool, ready
 from actors.work import work_items
 from rlhf.config import RoleConfig
 from rlhf.types import Prompt
 from tests.actors.conftest import composed
-from tests.actors.frail import Frail, Slow
+from tests.actors.frail import Frail, Mayfly, Slow, Stillborn
 from tests.actors.test_align import align, expected, without_times  # noqa: F401
 
 pytestmark = pytest.mark.actors
@@ -123,6 +124,27 @@ def test_an_item_that_ends_its_generators_is_named(frail, policy_folder):
         found.extend(pool.sample(work("tea", "kill", "bread", "lock")))
     assert "\n" not in str(error.value)
     assert sorted(s.item.id for s in found) in ([0, 2, 3], [0, 2], [0, 3])
+
+
+def test_the_death_of_the_baseline_estimator_is_one_line(cluster):
+    baseline = Baseline()
+    baseline.stop()
+    with pytest.raises(ValueError, match=r"the baseline estimator's process ended \(ActorDied.*run the same"):
+        baseline.ask("freeze")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        (Stillborn, r"generator 0 cannot start: .*no such device"),
+        (Mayfly, r"generator 0 ended 3 times while it took the policy, the last time by Actor\w+Error"),
+    ],
+)
+def test_a_generator_that_never_comes_up_is_an_error(cluster, kind, error):
+    pool = GeneratorPool(composed().rollout, None, RoleConfig(1, 0.1, 0), 5.0, kind)
+    with pytest.raises(ValueError, match=error):
+        pool.load("a policy")
+    pool.stop()
 
 
 def test_items_within_the_limit_may_queue(jobs, monkeypatch):
