@@ -96,11 +96,13 @@ class GeneratorPool:
         return self._fleet.version
 
     def set_weights(self, weights: ray.ObjectRef, version: int) -> None:
-        """Publishes weights: every generator gets them, one that comes back later too."""
+        """Publishes weights: every generator gets them, at once or when it comes back."""
         if version > self._fleet.published:
             self._policy.losses = 0
         self._policy.weights = weights
         self._fleet.publish(version)
+        for link in self._links:
+            link.tend(self._policy)
 
     @property
     def wants_weights(self) -> bool:
