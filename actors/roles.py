@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.artifacts import Artifacts
 from actors.baseline import Baseline
-from actors.generator import GeneratorPool
+from actors.generator_pool import GeneratorPool
 from actors.learner import LearnerGroup
 from actors.reward_pool import RewardPool
 from actors.session import Session
@@ -46,7 +46,7 @@ class Roles:
     @property
     def generators(self) -> GeneratorPool:
         c = self.config
-        parts = (c.rollout, c.policy.chat_template, c.resources.generators)
+        parts = (c.rollout, c.policy.chat_template, c.resources.generators, c.align.item_timeout)
         return self._role("generators", parts, lambda: GeneratorPool(*parts))
 
     @property
