@@ -31,6 +31,7 @@ class Coefficients:
     kl: float
     learning_rate: float
     critic_learning_rate: float
+    step: int  # from 0
 
 
 class LearnerRank:
@@ -106,6 +107,7 @@ class LearnerRank:
             self.trainer.step(
                 (data, batch_indices(len(data), training.batch_size, step, seed)),
                 learning_rate(step, training),
+                step,
             )
             for step in range(start, stop)
         ]
@@ -122,6 +124,7 @@ class LearnerRank:
             coefficients.learning_rate,
             coefficients.critic_learning_rate,
             self._recorder.span,
+            coefficients.step,
         )
         return metrics, self._recorder.take()
 
