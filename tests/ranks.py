@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from rlhf.learn.alignment import Aligner, ReferencePolicy
 from rlhf.learn.batching import pad
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.logprobs import PolicyModel
-from rlhf.learn.objectives import BradleyTerry, PreferencePairs, Supervised, TokenPairs
+from rlhf.learn.objectives import BradleyTerry, MicroBatch, PreferencePairs, Supervised, TokenPairs
 from rlhf.learn.trainer import Trainer
 from rlhf.models.lora import adapter_off, with_adapter
 from rlhf.models.reward import Classifier, packs
@@ -206,6 +209,49 @@ RUNS: dict[str, Callable[[Ranks], tuple[Steps, Trainer]]] = {
 }
 
 
+class Weights(torch.nn.Module):
+    """A model whose gradients are what it is called with."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.values = torch.nn.Parameter(torch.zeros(size))
+
+    def forward(self, factors: torch.Tensor) -> torch.Tensor:
+        return self.values.float() * factors
+
+
+def accumulated(at: Ranks) -> list[tuple[float, torch.Tensor]]:
+    """The gradient norm and the weights after each of two steps at a learning rate of 1/8. The gradient of each of 16
+    weights, over micro-batches and ranks, is 1 + 31 / 512, of which bfloat16 would keep the 1."""
+    trainer = at.trainer(Weights(16), 64, clip=1e6)
+    each = [1.0, *[2.0**-9] * 31][at.rank :: at.world]
+    parts = [MicroBatch(lambda m, g=g: (m(torch.full((16,), g)).sum(), {}), 1) for g in each]
+    return [
+        (trainer.update(parts, 0.125, step)["grad_norm"], trainer._parameters()["values"].clone())
+        for step in range(2)
+    ]
+
+
+def refused(at: Ranks) -> list[tuple[str, torch.Tensor]]:
+    """The errors of a loss that is NaN on the last rank alone and of a gradient that is NaN, and the weights after."""
+    found = []
+
+    def no_loss(model: torch.nn.Module) -> Any:
+        last = at.rank == at.world - 1
+        return (model(torch.ones(16)) * (torch.nan if last else 1.0)).sum(), {}
+
+    def no_gradient(model: torch.nn.Module) -> Any:
+        return (model(torch.ones(16)) ** 2).sum().sqrt(), {}  # of 0, where it has none
+
+    for loss in (no_loss, no_gradient):
+        trainer = at.trainer(Weights(16), 64)
+        try:
+            trainer.update([MicroBatch(loss, 1, (f"row {at.rank}",))], 0.125, 6)
+        except ValueError as error:
+            found.append((str(error), trainer._parameters()["values"].clone()))
+    return found
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -214,6 +260,7 @@ def free_port() -> int:
 
 def _work(rank: int, world: int, port: int, work: Callable[[int, int], Any], folder: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage for each engine
     logging.disable(logging.WARNING)
     import deepspeed
     import deepspeed.ops
@@ -235,19 +282,21 @@ def together(
         AssertionError: a process failed, or was not done after `seconds`: then all are killed.
     """
     os.environ["DS_ACCELERATOR"], os.environ["DEEPSPEED_LOG_LEVEL"] = "cpu", "error"
-    context: Any = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context("forkserver")  # all begin where one has imported everything
     context.set_forkserver_preload(["tests.ranks", "deepspeed"])
     ports = {world: free_port() for world in worlds}
+    ranks = [(rank, world) for world in worlds for rank in range(world)]
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [(rank, world) for world in worlds for rank in range(world)]
         processes = [
-            context.Process(target=_work, args=(rank, world, ports[world], work, folder))
+            context.Process(target=_work, args=(rank, world, ports[world], work, folder), daemon=True)
             for rank, world in ranks
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(seconds)
+        running, end = {p.sentinel: p for p in processes}, time.monotonic() + seconds
+        while running and not any(p.exitcode for p in processes) and time.monotonic() < end:
+            for sentinel in wait(list(running), end - time.monotonic()):
+                running.pop(sentinel).join()
         codes = {at: process.exitcode for at, process in zip(ranks, processes, strict=True)}
         for process in processes:
             process.kill()

@@ -6,7 +6,6 @@ divided by the size of the whole batch, so that the sum over micro-batches and r
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ import torch
 
 from rlhf.learn.batching import Layout, TokenBatch, by_length
 from rlhf.learn.logprobs import token_logprobs
-from rlhf.models.reward import Classifier, score_rows
+from rlhf.models.reward import Classifier, one_batch
 from rlhf.types import Ragged
 
 Metrics = dict[str, float]
@@ -103,11 +102,11 @@ class BradleyTerry:
     def _loss(self, data: PreferencePairs, pairs: list[int], total: int) -> MicroBatch:
         """In one call of the model, also where a pair alone is over the budget."""
         rows = [row for i in pairs for row in (data.chosen[i], data.rejected[i])]
+        batch = one_batch(self.classifier, rows, [i // 2 for i in range(len(rows))])
+        order = torch.tensor(batch.rows).argsort()
 
         def call(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:
-            rewards = score_rows(
-                model, self.classifier, rows, [i // 2 for i in range(len(rows))], sys.maxsize
-            )
+            rewards = batch.scores(model, next(model.parameters()))[order]
             margin = rewards[0::2] - rewards[1::2]
             value = -torch.nn.functional.logsigmoid(margin).sum() / total
             return value, {"loss": value.item(), "accuracy": (margin > 0).sum().item() / total}

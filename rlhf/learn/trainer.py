@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,7 +130,8 @@ class Trainer:
             set_z3_leaf_module(model.gathered, True)
         parameters = [p for p in model.parameters() if p.requires_grad]
         settings = deepspeed_settings(config, 1e-3, weight_decay, max_grad_norm)
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
+        with redirect_stdout(StringIO()):  # DeepSpeed prints the memory it takes
+            self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
         self.objective: Objective | None = None
         self._norm: float | None = None
         if not self.engine.zero_optimization():  # then DeepSpeed clips but keeps no norm
