@@ -202,7 +202,7 @@ RUNS: dict[str, Callable[[Ranks], tuple[Steps, Trainer]]] = {
     "rloo": lambda at: aligned(at, MANY),
     "rloo, one prompt": lambda at: aligned(at, ONE, kl="loss", kl_estimator="k3", entropy_coef=0.1),
     "reinforce++, one prompt": lambda at: aligned(at, ONE, advantage="batch_mean", scale="batch"),
-    "ppo": lambda at: aligned(at, [*MANY, [20, 9]], **PPO, minibatches=2),
+    "ppo": lambda at: aligned(at, MANY, **PPO),
     "ppo, one prompt": lambda at: aligned(at, ONE, **PPO),
     "lora": lambda at: aligned(at, MANY, TARGETS, epochs=2),
     "lora, one prompt": lambda at: aligned(at, ONE, TARGETS, epochs=2),

@@ -26,6 +26,7 @@ from rlhf.learn.batching import TokenBatch
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import Metrics, MicroBatch, Objective
+from rlhf.learn.sums import sum_in_float32
 from rlhf.models.lora import is_adapted, merged_parameters
 from rlhf.models.precision import dtype_of
 from rlhf.models.reward import Classifier
@@ -126,6 +127,8 @@ class Trainer:
         wrapped = isinstance(model, Classifier | PolicyModel | ValueModel)
         self.model: Any = model.inner if wrapped else model  # what is saved
         model.eval()  # without dropout: the sampler has none, and importance weights compare the two
+        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)
+        sum_in_float32(model, embeddings())
         if isinstance(model, PolicyModel) and model.gathered is not None:
             set_z3_leaf_module(model.gathered, True)
         parameters = [p for p in model.parameters() if p.requires_grad]
