@@ -32,6 +32,7 @@ class Coefficients:
     kl: float
     learning_rate: float
     critic_learning_rate: float
+    step: int  # from 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class LearnerRank:
             self.trainer.step(
                 (data, batch_indices(len(data), training.batch_size, step, seed)),
                 learning_rate(step, training),
+                step,
             )
             for step in range(start, stop)
         ]
@@ -143,6 +145,7 @@ class LearnerRank:
             coefficients.learning_rate,
             coefficients.critic_learning_rate,
             self._recorder.span,
+            coefficients.step,
         )
         return metrics, self._recorder.take()
 

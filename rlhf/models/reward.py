@@ -51,13 +51,18 @@ class Classifier(torch.nn.Module):
         last: torch.Tensor | None = None,
         trees: Sequence[Tree] | None = None,
     ) -> torch.Tensor:
-        """Rewards: of the conversations that end at the flat positions `last`, or of each padded row."""
-        if last is None:
+        """Rewards: of the conversations that end at the flat positions `last`, or of each row, padded on the right."""
+        if not hasattr(self.inner, "score"):
             return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1)
-        assert trees is not None
-        states = self._last.states(
-            last, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, trees=trees
-        )
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        needed = last
+        if last is None:
+            ends = attention_mask.sum(-1) - 1
+            last = torch.arange(len(ends), device=ends.device) * input_ids.shape[1] + ends
+        else:
+            assert trees is not None
+            inputs |= {"position_ids": position_ids, "trees": trees}
+        states = self._last.states(needed, **inputs)
         head = self.inner.score
         return head(states.flatten(0, 1)[last].to(head.weight.dtype)).squeeze(-1)
 
@@ -101,6 +106,15 @@ def batches(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int], bud
         packed = pack(shared, own, group, range(len(rows)), budget, ends=True)
         return [ScoreBatch(b.rows.tolist(), partial(_packed, b)) for b in packed]
     return [_padded(rows, chosen, classifier.pad) for chosen in _padded_rows(rows, classifier.pad, budget)]
+
+
+def one_batch(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int]) -> ScoreBatch:
+    """All token rows as one call of the model, for callers who must know the number of calls."""
+    longest = max(map(len, rows))
+    if classifier.packs and (classifier.window is None or longest <= classifier.window):
+        (batch,) = batches(classifier, rows, kin, len(rows) * longest)
+        return batch
+    return _padded(rows, list(range(len(rows))), classifier.pad)
 
 
 def _packed(batch: TokenBatch, like: torch.Tensor) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Rank:
         self.model = PolicyModel(model) if isinstance(model, PreTrainedModel) else model
         self.rank, self.world, self.budget = rank, world, budget
 
-    def update(self, parts, learning_rate):
+    def update(self, parts, learning_rate, step):
         metrics = {"grad_norm": 0.0}
         for part in parts:
             loss, sums = part.loss(self.model)
