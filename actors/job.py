@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from actors.errors import told
 from actors.session import Session
+from actors.signals import Ended, deaf, end_by_signals, leave
 from actors.sweep import Sweep
 from rlhf.config import Config
 from rlhf.config_checks import typed
@@ -35,40 +35,19 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and prints none
     os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"  # it replaces ours, and aborts on SIGTERM
     OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # for conf/config.yaml
-    _end_on_signals(True)
+    end_by_signals()
     try:
         _run()
         if Sweep.current is not None:
             Sweep.current.finish()
     except Ended as ended:
-        _end_on_signals(False)
+        deaf()
         Sweep.close(exiting=True)
-        sys.stderr.write(f"error: ended by {signal.Signals(ended.number).name}\n")
-        sys.stderr.flush()
-        os._exit(128 + ended.number)  # its threads, that of Ray among them, and Ray's processes end with it
+        leave(ended.number)
     except Exception as error:
         sys.exit(told(error))
     finally:
         Sweep.close()
-
-
-class Ended(BaseException):
-    """A signal asked the command to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def _end_on_signals(end: bool) -> None:
-    """SIGTERM and Ctrl-C raise `Ended`; or are no longer heard, while what was started is being ended."""
-
-    def raise_ended(number: int, _: object) -> None:
-        raise Ended(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background jobs have it
-            signal.signal(number, raise_ended if end else signal.SIG_IGN)
 
 
 def _default_output() -> str:
@@ -90,7 +69,7 @@ def _run(values: DictConfig) -> None:
     except Exception as error:  # here, where Ray is still there to read it; Hydra would add words of its own
         sys.exit(told(error))
     except Ended:
-        _end_on_signals(False)
+        deaf()
         session.stop(exiting=True)
         raise
     finally:
