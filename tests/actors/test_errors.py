@@ -7,6 +7,7 @@ import pytest
 import ray
 from ray import serve
 
+from actors.address import check_cluster
 from actors.errors import reason, told
 
 pytestmark = pytest.mark.actors
@@ -137,3 +138,7 @@ def test_an_error_behind_serve_names_the_deployment(cluster):
     finally:
         serve.delete("failing")
     assert reason(raised.value) == "row 3 is too long (in reward-kind)"
+
+
+def test_a_running_cluster_is_no_error(cluster):
+    check_cluster("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
