@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,7 +75,13 @@ class Roles:
     @contextmanager
     def start_beside(self, role: str) -> Iterator[None]:
         """Starts a role in the background while the block runs; it is there after the block."""
-        with ThreadPoolExecutor(1) as background:
-            future = background.submit(getattr, self, role)
+        background = ThreadPoolExecutor(1)
+        future = background.submit(getattr, self, role)
+        try:
             yield
             future.result()
+        except Exception:
+            wait([future])  # what it starts is then there to be ended
+            raise
+        finally:
+            background.shutdown(wait=False)

@@ -1,4 +1,5 @@
-"""Types of the configuration. The values, and so every default, are in `conf/`; checks are in `config_checks.py`.
+"""Types of the configuration. The values, and so every default, are in `conf/`; checks are in `config_checks.py`,
+ranges of numbers in `config_numbers.py`.
 
 Imports neither torch nor Ray, so that a bad configuration is refused at once.
 """
