@@ -10,6 +10,7 @@ import ray
 
 from actors.resources import check_offer
 from rlhf.config import Config
+from rlhf.models.source import TRUST
 
 
 class Cluster:
@@ -29,6 +30,7 @@ class Cluster:
             logging_level=logging.ERROR,
             log_to_driver=False,
             configure_logging=False,
+            runtime_env={"env_vars": {TRUST: "1"}} if config.trust_remote_code else None,
             **(dashboard if self.own else {}),
         )
         offer = ray.cluster_resources()

@@ -15,7 +15,7 @@ import torch
 
 from rlhf.learn.batching import Layout, TokenBatch, by_length
 from rlhf.learn.logprobs import token_logprobs
-from rlhf.models.reward import Classifier, score_rows
+from rlhf.models.classifier import Classifier, score_rows
 from rlhf.types import Ragged
 
 Metrics = dict[str, float]

@@ -21,7 +21,7 @@ def test_nan_reward_is_an_error_with_model_and_sample(jobs, tmp_path, reward_fol
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(reward_folders["helpful"])
-    torch.nn.init.constant_(model.score.weight, float("nan"))
+    torch.nn.init.constant_(model.score.weight, float("inf"))
     model.save_pretrained(tmp_path / "nan")
     AutoTokenizer.from_pretrained(reward_folders["helpful"]).save_pretrained(tmp_path / "nan")
     job = jobs.make(f"reward_models.helpful.path={tmp_path / 'nan'}", bare=True, apart=True)

@@ -79,7 +79,7 @@ def test_missing_policy(given, tmp_path):
 def test_reward_model_with_two_labels(given, tmp_path):
     folder = save_reward_model(tmp_path / "two", seed=0, labels=2)
     with pytest.raises(
-        ValueError, match=r"reward_models.helpful.path: a reward model has one label, .* has 2"
+        ValueError, match=r"reward_models.helpful.path=.*: a reward model has one label, .* has 2"
     ):
         given(GOOD, f"reward_models.helpful.path={folder}")
 
