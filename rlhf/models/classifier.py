@@ -127,15 +127,13 @@ def batches(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int], bud
 
 
 def one_batch(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int]) -> ScoreBatch:
-    """All token rows as one call of the model, for callers who must know the number of calls: packed where every row
-    can be, else padded. For classifiers that take more than one row at a time."""
+    """All token rows in one call of the model, in their order, for callers who must know the number of calls: packed
+    where every row can be, else padded. For classifiers that take more than one row at a time."""
     assert classifier.apart or classifier.pads
     read, every = [classifier.read(row) for row in rows], range(len(rows))
-    room = len(rows) * max(map(len, read))
-    if all(_packable(classifier, row) for row in read):
-        (batch,) = conversations.packed(read, every, kin, room)
-    else:
-        (batch,) = conversations.padded(read, every, classifier.pad, room)
+    if not all(_packable(classifier, row) for row in read):
+        return conversations.padded_batch(read, every, classifier.pad)
+    (batch,) = conversations.packed(read, every, kin, sum(map(len, read)))
     return batch
 
 

@@ -46,10 +46,10 @@ def padded(rows: Sequence[Row], part: Sequence[int], pad: int | None, budget: in
     """Batches of the rows `part`, padded on the right to at most `budget` tokens; without one, a row each."""
     alone = [[n] for n in range(len(part))]
     chosen = alone if budget is None else by_length([len(rows[i]) for i in part], budget)
-    return [_padded(rows, [part[n] for n in batch], pad) for batch in chosen]
+    return [padded_batch(rows, [part[n] for n in batch], pad) for batch in chosen]
 
 
-def _padded(rows: Sequence[Row], chosen: Sequence[int], pad: int | None) -> ScoreBatch:
+def padded_batch(rows: Sequence[Row], chosen: Sequence[int], pad: int | None) -> ScoreBatch:
     width = max(len(rows[i]) for i in chosen)
     fill = (
         pad if pad is not None and pad >= 0 else 0
