@@ -14,6 +14,7 @@ import ray
 from actors.address import check_cluster, given_address
 from actors.resources import check_offer
 from rlhf.config import Config
+from rlhf.models.source import TRUST
 
 SOCKET = 107  # bytes of a socket's path, at most
 IN_FOLDER = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray makes
@@ -44,6 +45,7 @@ class Cluster:
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 configure_logging=False,
+                runtime_env={"env_vars": {TRUST: "1"}} if config.trust_remote_code else None,
                 **options,
             )
         except (ConnectionError, RuntimeError) as error:

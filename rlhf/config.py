@@ -224,6 +224,7 @@ class Config:
     seed: int
     dtype: str  # float32 | bfloat16 | auto: bfloat16 where the processor multiplies it faster
     output_dir: str
+    trust_remote_code: bool  # run code that comes with a given model or tokenizer
     data: DataConfig
     policy: PolicyConfig
     reward_models: dict[str, RewardModelConfig]

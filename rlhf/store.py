@@ -13,6 +13,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+ADAPTER = "adapter_config.json"  # peft's name for what an adapter's folder holds
 WHOLE = 64 << 20  # files up to this many bytes are hashed whole, larger ones by size and time
 
 
@@ -33,7 +34,8 @@ def _plain(value: Any) -> Any:
 
 
 def source_fingerprint(source: str | Sequence[str]) -> str:
-    """Of a file or folder its content; of anything else (a hub name) the name; of several sources all of them."""
+    """Of a file or folder its content, of an adapter's also its base's; of anything else (a hub name) the name; of
+    several sources all of them."""
     if not isinstance(source, str):
         return fingerprint([source_fingerprint(one) for one in source])
     path = Path(source).expanduser()
@@ -41,6 +43,9 @@ def source_fingerprint(source: str | Sequence[str]) -> str:
         return fingerprint(source)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.blake2b(digest_size=8)
+    if (path / ADAPTER).is_file():
+        base = json.loads((path / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        digest.update(source_fingerprint(str(base)).encode())
     for file in files:
         digest.update(str(file.relative_to(path)).encode())
         stat = file.stat()

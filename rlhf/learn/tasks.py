@@ -17,12 +17,12 @@ from rlhf.learn.critic import ValueModel
 from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import BradleyTerry, Objective, Supervised
 from rlhf.learn.trainer import Trainer
+from rlhf.models.classifier import Classifier, packs
 from rlhf.models.load import load_policy, load_tokenizer, new_policy, new_reward_model
 from rlhf.models.lora import adapter_off, with_adapter
 from rlhf.models.packed import pack
 from rlhf.models.precision import cast, dtype_of
 from rlhf.models.reach import Reach
-from rlhf.models.reward import Classifier, packs
 
 
 class Task(Protocol):
@@ -57,7 +57,7 @@ class BradleyTerryTask:
         key = f"{self.key}.init_from"
         pad_token = load_tokenizer(self.init_from, key).pad_token_id
         model = new_reward_model(self.init_from, key, self.seed, pad_token).to(device)
-        classifier = Classifier(model, model.config.pad_token_id)
+        classifier = Classifier(model)
         return classifier, BradleyTerry(classifier)
 
 
@@ -92,7 +92,7 @@ class AlignTask:
             key = "algorithm.critic.init_from"
             pad = load_tokenizer(start, key).pad_token_id
             value = ValueModel(new_reward_model(start, key, self.seed, pad).to(device))
-            lay = lay.both(Layout(packs(value.inner, pad), Reach.of(value.inner.config)))
+            lay = lay.both(Layout(packs(value.inner), Reach.of(value.inner.config)))
             critic = trainer(value)
         return Aligner(trainer(policy), reference, critic, self.settings, self.max_new_tokens, lay)
 

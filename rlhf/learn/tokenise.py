@@ -17,7 +17,7 @@ from rlhf.data.prepare import RunData
 from rlhf.data.rows import Source, at
 from rlhf.learn.objectives import PreferencePairs, TokenPairs
 from rlhf.models.load import load_config, load_tokenizer
-from rlhf.models.reach import max_positions
+from rlhf.models.reach import Reach, max_positions
 from rlhf.store import Store, fingerprint, source_fingerprint
 from rlhf.types import Content, Ragged, Response
 
@@ -52,7 +52,7 @@ def preference_tokens(
         ValueError: more than the tolerated share of the rows is malformed, longer than the model takes, refused by
             its template, or of the same tokens for both responses; it names a row.
     """
-    limit = max_positions(load_config(start, f"{key}.init_from"))
+    reach = Reach.of(load_config(start, f"{key}.init_from"))
     name = key.rsplit(".", 1)[1]
     chat = ChatFormat(load_tokenizer(start, f"{key}.init_from"), f"reward model '{name}'", template)
 
@@ -61,7 +61,12 @@ def preference_tokens(
             chosen, rejected = (
                 chat.conversation_tokens(pair.prompt, r) for r in (pair.chosen, pair.rejected)
             )
-            _check(max(len(chosen), len(rejected)), limit)
+            _check(max(len(chosen), len(rejected)), reach.limit)
+            if len(set(reach.switched(np.array([len(chosen), len(rejected)])))) > 1:
+                raise ValueError(
+                    f"of the two conversations one is longer than {reach.switch} tokens, where the model's rotary "
+                    "frequencies change; leave the row out"
+                )
             if chosen == rejected:
                 raise ValueError(
                     "'chosen' and 'rejected' are the same to the model's tokenizer; leave the row out"

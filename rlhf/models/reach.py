@@ -109,7 +109,8 @@ def attention_window(config: PretrainedConfig) -> int | None:
 def max_positions(config: PretrainedConfig) -> int | None:
     """The longest sequence a model takes, if its configuration says."""
     text = config.get_text_config()
-    return next((int(n) for n in (getattr(text, key, None) for key in LIMITS) if n), None)
+    found = (getattr(text, key, None) for key in LIMITS)
+    return next((int(n) for n in found if n is not None and n > 0), None)  # XLNet says -1
 
 
 def by_layer(text: Any, key: str) -> list[Any]:

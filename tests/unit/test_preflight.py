@@ -92,7 +92,7 @@ def test_missing_policy(given, tmp_path):
 def test_reward_model_with_two_labels(given, tmp_path):
     folder = save_reward_model(tmp_path / "two", seed=0, labels=2)
     with pytest.raises(
-        ValueError, match=r"reward_models.helpful.path: a reward model has one label, .* has 2"
+        ValueError, match=r"reward_models.helpful.path=.*: a reward model has one label, .* has 2"
     ):
         given(GOOD, f"reward_models.helpful.path={folder}")
 
@@ -114,6 +114,53 @@ def test_tokens_beyond_an_embedding_table_name_model_token_and_size(given, tmp_p
         with pytest.raises(ValueError, match=f"^{owner}: {refused}"):
             given(GOOD, *others, f"{key}={small}")
         given(GOOD, *others, f"{key}={padded}")
+
+
+def test_a_causal_model_as_reward_model(given, policy_folder):
+    with pytest.raises(
+        ValueError, match=r"reward_models.helpful.path=.* is a causal language model \(LlamaForCausalLM\)"
+    ):
+        given(GOOD, f"reward_models.helpful.path={policy_folder}")
+
+
+def test_reward_model_too_short_for_a_prompt_names_the_row(given, tmp_path):
+    folder = save_reward_model(tmp_path / "short", seed=0, max_position_embeddings=16)
+    given(GOOD, f"reward_models.harmless.path={folder}")
+    with pytest.raises(
+        ValueError,
+        match=rf"prompts.jsonl:2: .* 3\d tokens, but .* reward_models.harmless.path={folder} takes 16",
+    ):
+        given([GOOD[0], prompt("tea " * 30), GOOD[1]], f"reward_models.harmless.path={folder}")
+
+
+def test_code_that_comes_with_a_model_needs_leave(given, tmp_path, caplog):
+    folder = save_reward_model(tmp_path / "own", seed=0)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    given_path = f"reward_models.harmless.path={folder}"
+    with pytest.raises(ValueError, match=rf"{given_path} brings code of its own, .*trust_remote_code=true"):
+        given(GOOD, given_path)
+    assert not caplog.text
+    with pytest.raises(
+        ValueError, match=rf"{given_path}: transformers has no sequence classifier of the type 'own'"
+    ):
+        given(GOOD, given_path, "trust_remote_code=true")
+    assert "trust_remote_code=true: code that comes with" in caplog.text
+
+
+def test_an_adapter_is_told_of(given, policy_folder, tmp_path, caplog):
+    import peft
+
+    settings = peft.LoraConfig(base_model_name_or_path=str(policy_folder), task_type="CAUSAL_LM")
+    settings.save_pretrained(tmp_path / "adapter")
+    given(GOOD, f"policy.path={tmp_path / 'adapter'}")
+    assert (
+        f"policy.path={tmp_path / 'adapter'} is an adapter: it is merged into {policy_folder}" in caplog.text
+    )
 
 
 def test_conversation_without_a_chat_template_names_the_key(given, tmp_path):
