@@ -46,6 +46,7 @@ class Classifier(torch.nn.Module):
         self.reach = Reach.of(model.config)
         self.packs = self.apart = self.pads = self.skips_padding = False
         self.last: LastLayer | None = None
+        self.notes: list[str] = []  # what to tell of how it is called
         _choose_way(self)
 
     def read(self, row: Row) -> np.ndarray:
@@ -134,11 +135,6 @@ def one_batch(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int]) -
     return batch
 
 
-def packs(model: PreTrainedModel) -> bool:
-    """Whether the classifier takes packed conversations; its attention is then ours."""
-    return Classifier(model).packs
-
-
 @torch.no_grad()
 def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
     """Finds how the classifier is called, by the rewards of random conversations: those of a way that is taken differ
@@ -185,7 +181,8 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
             raise ValueError(f"{name}: rewards of the same text differ from call to call")
     if not c.packs:
         way = "are padded" if c.apart or c.pads else "are scored one by one"
-        log.warning("%s: conversations %s, as %s", name, way, reason)
+        c.notes.append(f"{name}: conversations {way}, as {reason}")
+        log.warning(c.notes[-1])
 
 
 def _trial(c: Classifier, direct: bool) -> tuple[list[np.ndarray], list[int]]:

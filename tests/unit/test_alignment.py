@@ -18,7 +18,7 @@ from rlhf.learn.batching import pack, pad
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.kl import AdaptiveKL
 from rlhf.learn.logprobs import PolicyModel
-from rlhf.models.classifier import packs
+from rlhf.models.classifier import Classifier
 from rlhf.models.load import load_policy, load_tokenizer, new_reward_model
 from rlhf.models.lora import adapter_off, merged_parameters, with_adapter
 from rlhf.types import Experience, Rewards, WorkItem
@@ -83,14 +83,13 @@ def step(model, reference, algorithm, experiences, kl_coef, world=1, budget=4096
     model.zero_grad()
     held = None if reference is None else ReferencePolicy(PolicyModel(reference))
     if critic is not None:
-        assert packs(critic.inner)
+        assert Classifier(critic.inner).packs
     totals = {}
     for rank in range(world):
         value = None if critic is None else Rank(critic, rank, world, budget)
         aligner = Aligner(
-            Rank(model, rank, world, budget), held, value, algorithm, 8, pack if packing else pad
+            Rank(model, rank, world, budget), held, value, algorithm, 8, Layout(packing)
         )
-        assert aligner.shares_prompts == packing
         for key, v in aligner.step(experiences, kl_coef, 0.1, 0.1).items():
             totals[key] = totals.get(key, 0.0) + v
     return totals["loss"], torch.cat([p.grad.flatten() for p in model.parameters()]), totals
