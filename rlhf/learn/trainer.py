@@ -127,8 +127,7 @@ class Trainer:
         wrapped = isinstance(model, Classifier | PolicyModel | ValueModel)
         self.model: Any = model.inner if wrapped else model  # what is saved
         model.eval()  # without dropout: the sampler has none, and importance weights compare the two
-        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)
-        sum_in_float32(model, embeddings())
+        sum_in_float32(model)
         if isinstance(model, PolicyModel) and model.gathered is not None:
             set_z3_leaf_module(model.gathered, True)
         parameters = [p for p in model.parameters() if p.requires_grad]
