@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.failures import fetched, of_ranks, short, tell_if_late
 from actors.resources import actor_options, keep_memory, set_threads
 from rlhf.config import DeepSpeedConfig, RoleConfig, TrainingConfig
 from rlhf.timeline import Recorder, Span
@@ -32,6 +33,18 @@ class Coefficients:
     learning_rate: float
     critic_learning_rate: float
     step: int  # from 0
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What a rank misses of a batch that was not trained on."""
+
+    why: dict[int, str]  # by place in the batch, the error
+
+    @classmethod
+    def of(cls, pairs: list[tuple[Any, Any]]) -> Lost:
+        errors = [(i, v) for i, pair in enumerate(pairs) for v in pair if isinstance(v, BaseException)]
+        return cls({i: short(error) for i, error in errors})
 
 
 class LearnerRank:
@@ -114,10 +127,18 @@ class LearnerRank:
 
     def align(
         self, batch: list[tuple[Any, Any]], coefficients: Coefficients
-    ) -> tuple[dict[str, float], tuple[Span, ...]]:
-        """Trains on a leased batch of (rollouts reference, rewards reference); metrics, and what was done when."""
-        rollouts, rewards = ray.get([a for a, _ in batch]), ray.get([b for _, b in batch])
-        experiences = [Experience(a, b) for a, b in zip(rollouts, rewards, strict=True)]
+    ) -> tuple[dict[str, float], tuple[Span, ...]] | Lost:
+        """Trains on a leased batch of (rollouts reference, rewards reference); metrics, and what was done when.
+
+        When a rank cannot fetch an item no rank trains, and each says what it misses: a collective that only some of
+        them enter would never end.
+        """
+        found = fetched([reference for pair in batch for reference in pair])
+        pairs = list(zip(found[::2], found[1::2], strict=True))
+        missed = Lost.of(pairs)
+        if self._any(bool(missed.why)):
+            return missed
+        experiences = [Experience(a, b) for a, b in pairs]
         metrics = self.aligner.step(
             experiences,
             coefficients.kl,
@@ -127,6 +148,12 @@ class LearnerRank:
             coefficients.step,
         )
         return metrics, self._recorder.take()
+
+    def _any(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        import torch
+
+        return bool(self.trainer.over_ranks(torch.tensor([float(here)])))
 
     def weights(self) -> Any:
         """Ray copies what is returned, so the memory serves again: fresh pages cost more than the copy."""
@@ -151,27 +178,30 @@ class LearnerGroup:
 
     def _join(self) -> None:
         """Makes the ranks' process group; not at once, because they take seconds to start."""
-        address, free = ray.get([self.ranks[0].address.remote(), self.ranks[0].free_port.remote()])
-        ray.get([rank.join.remote(address, self._port or free) for rank in self.ranks])
+        starting = [rank.address.remote() for rank in self.ranks]
+        tell_if_late(starting, "learner ranks", "have not started")
+        address, *_ = of_ranks(starting)
+        free, *_ = of_ranks([rank.free_port.remote() for rank in self.ranks])
+        of_ranks([rank.join.remote(address, self._port or free) for rank in self.ranks])
         self._joined = True
 
     def load(self, task: Task, weight_decay: float, max_grad_norm: float = 1.0) -> None:
         if not self._joined:
             self._join()
-        ray.get([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
+        of_ranks([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
 
     def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> bool:
         """Whether the policy's passes share prompts."""
         if not self._joined:
             self._join()
         return all(
-            ray.get([rank.load_policy.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
+            of_ranks([rank.load_policy.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
         )
 
     def fit(
         self, data: ray.ObjectRef, training: TrainingConfig, seed: int, start: int, stop: int
     ) -> list[dict]:
-        parts = ray.get([rank.fit.remote(data, training, seed, start, stop) for rank in self.ranks])
+        parts = of_ranks([rank.fit.remote(data, training, seed, start, stop) for rank in self.ranks])
         return [merged(step) for step in zip(*parts, strict=True)]
 
     def align(self, batch: list[tuple], coefficients: Coefficients) -> list[ray.ObjectRef]:
@@ -184,7 +214,7 @@ class LearnerGroup:
         return first
 
     def save(self, path: Path) -> None:
-        ray.get([rank.save.remote(str(path)) for rank in self.ranks])
+        of_ranks([rank.save.remote(str(path)) for rank in self.ranks])
 
     def stop(self) -> None:
         for rank in self.ranks:

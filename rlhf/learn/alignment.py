@@ -11,7 +11,7 @@ import torch
 
 from rlhf.config import AlgorithmConfig
 from rlhf.learn.advantages import ADVANTAGES, Outcome, scaled
-from rlhf.learn.batching import Layout, TokenBatch, pad
+from rlhf.learn.batching import Layout, TokenBatch
 from rlhf.learn.critic import token_values, value_loss
 from rlhf.learn.experience import Merged
 from rlhf.learn.kl import ESTIMATORS
@@ -65,8 +65,8 @@ class Aligner:
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether prompts are computed once and nothing is padded, while sequences fit a sliding window."""
-        return self._lay is not pad
+        """Whether prompts are computed once and nothing is padded, of sequences within a sliding window."""
+        return self._lay.packs
 
     def step(
         self,

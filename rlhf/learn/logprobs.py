@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from rlhf.learn.batching import Layout, TokenBatch, layout
+from rlhf.learn.batching import TokenBatch, layout
 from rlhf.learn.chunks import computing, in_chunks
+from rlhf.models import probe
+from rlhf.models.attempt import Failure, attempt
 from rlhf.models.attention import is_ours
 from rlhf.models.last_layer import LastLayer
 from rlhf.models.trees import Tree
@@ -28,7 +30,7 @@ class PolicyModel(torch.nn.Module):
     than one chunk is computed again in the backward pass. A model whose logits are not its head's (`by_chunks` is
     False) is called for all logits.
 
-    `lay` makes its batches. Its attention becomes ours, if it can.
+    `lay` makes its batches. Its attention becomes ours, if it can. `notes` tell what it is too particular for.
 
     Args:
         inner: any transformers causal model, or a peft model around one.
@@ -41,13 +43,15 @@ class PolicyModel(torch.nn.Module):
         config = getattr(plain, "config", None)
         text = config.get_text_config() if config is not None else None
         self._cap = getattr(text, "final_logit_softcapping", None)
-        self.lay: Layout = layout(plain)
+        self.lay, self.notes = layout(plain)
         fuse(plain)
         self._last = LastLayer(getattr(plain, "base_model", plain))
         self._vocabulary = 0
-        self.by_chunks = self._head_makes_the_logits()
-        if not self.by_chunks:
-            log.warning("%s: its logits are not its output layer's, so all are held", type(plain).__name__)
+        fault = self._fault_of_the_head()
+        self.by_chunks = fault is None
+        if fault is not None:
+            self.notes.append(f"policy ({type(plain).__name__}): the logits of all tokens are held: {fault}")
+            log.warning(self.notes[-1])
 
     def forward(
         self,
@@ -66,14 +70,10 @@ class PolicyModel(torch.nn.Module):
         One tensor, and one call of each module: under ZeRO 3 every module call, and the gradient of every tensor that
         a module returns, is a collective, so neither may depend on how many tokens a rank has.
         """
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if trees is not None:
             assert is_ours(self._plain)
-            inputs["trees"] = trees
+            inputs |= {"position_ids": position_ids, "trees": trees}
         if predict is None or targets is None:
             predict = targets = input_ids.new_zeros(1)
         if not self.by_chunks:
@@ -111,22 +111,23 @@ class PolicyModel(torch.nn.Module):
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
     @torch.no_grad()
-    def _head_makes_the_logits(self, tolerance: float = 1e-4) -> bool:
-        """Whether head and states give the model's own logits, tried on a few tokens."""
+    def _fault_of_the_head(self, tolerance: float = 1e-4) -> str | None:
+        """Why head and states do not give the model's own logits, tried on random tokens; None: they do."""
         if not hasattr(self._plain, "get_output_embeddings") or self._head is None:
-            return False
-        like = self._head.weight
-        ids = torch.arange(4, device=like.device)[None]
+            return "it has no output layer"
+        like = next(self._plain.parameters())
+        vocabulary = self._plain.config.get_text_config().vocab_size
+        ids = torch.from_numpy(probe.sequences([8], vocabulary)[0])[None].to(like.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        try:
-            own = self._logits(self._last.states(None, **inputs))
-        except (AttributeError, RuntimeError, TypeError):
-            return False
-        self._vocabulary = own.shape[-1]
         whole = self.inner(**inputs, use_cache=False).logits.float()
+        own = attempt(lambda: self._logits(self._last.states(None, **inputs)))
+        if isinstance(own, Failure):
+            return own.reason
+        self._vocabulary = own.shape[-1]
         if own.shape != whole.shape:
-            return False
-        return bool((own - whole).abs().max() <= tolerance * whole.abs().max().clamp_min(1.0))
+            return f"other logits: {list(own.shape)}, not {list(whole.shape)}"
+        off, most = float((own - whole).abs().max()), tolerance * float(whole.abs().max().clamp_min(1.0))
+        return None if off <= most else f"its logits are {off:.2g} from its output layer's"
 
 
 def _of_logits(

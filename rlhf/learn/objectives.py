@@ -15,7 +15,7 @@ import torch
 
 from rlhf.learn.batching import Layout, TokenBatch, by_length
 from rlhf.learn.logprobs import token_logprobs
-from rlhf.models.reward import Classifier, one_batch
+from rlhf.models.classifier import Classifier, one_batch
 from rlhf.types import Ragged
 
 Metrics = dict[str, float]
@@ -95,9 +95,14 @@ class BradleyTerry:
     ) -> list[MicroBatch]:
         data, indices = batch
         tokens = data.chosen.lengths[indices] + data.rejected.lengths[indices]
-        mine = [int(i) for i in balanced(tokens, world)[rank]]
-        parts = by_length([2 * int(tokens[i]) for i in mine], budget)
-        return [self._loss(data, [int(indices[mine[i]]) for i in part], len(indices)) for part in parts]
+        mine = balanced(tokens, world)[rank]
+        longest = np.maximum(data.chosen.lengths, data.rejected.lengths)[indices[mine]]
+        found = []
+        for places, _ in self.classifier.reach.parts(longest.tolist()):
+            alike = [mine[place] for place in places]
+            for part in by_length([2 * int(tokens[i]) for i in alike], budget):
+                found.append(self._loss(data, [int(indices[alike[n]]) for n in part], len(indices)))
+        return found
 
     def _loss(self, data: PreferencePairs, pairs: list[int], total: int) -> MicroBatch:
         """In one call of the model, also where a pair alone is over the budget."""

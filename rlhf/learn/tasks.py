@@ -12,16 +12,17 @@ import torch
 
 from rlhf.config import AlgorithmConfig, ArchitectureConfig, LoraConfig
 from rlhf.learn.alignment import Aligner, ReferencePolicy
-from rlhf.learn.batching import pad as pad_rows
+from rlhf.learn.batching import Layout
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import BradleyTerry, Objective, Supervised
 from rlhf.learn.trainer import Trainer
+from rlhf.models.classifier import Classifier, packs
 from rlhf.models.load import load_policy, load_tokenizer, new_policy, new_reward_model
 from rlhf.models.lora import adapter_off, with_adapter
 from rlhf.models.packed import pack
 from rlhf.models.precision import cast, dtype_of
-from rlhf.models.reward import Classifier, packs
+from rlhf.models.reach import Reach
 
 
 class Task(Protocol):
@@ -56,7 +57,7 @@ class BradleyTerryTask:
         key = f"{self.key}.init_from"
         pad_token = load_tokenizer(self.init_from, key).pad_token_id
         model = new_reward_model(self.init_from, key, self.seed, pad_token).to(device)
-        classifier = Classifier(model, model.config.pad_token_id)
+        classifier = Classifier(model)
         return classifier, BradleyTerry(classifier)
 
 
@@ -91,7 +92,7 @@ class AlignTask:
             key = "algorithm.critic.init_from"
             pad = load_tokenizer(start, key).pad_token_id
             value = ValueModel(new_reward_model(start, key, self.seed, pad).to(device))
-            lay = policy.lay if packs(value.inner, pad) else pad_rows
+            lay = lay.both(Layout(packs(value.inner), Reach.of(value.inner.config)))
             critic = trainer(value)
         return Aligner(trainer(policy), reference, critic, self.settings, self.max_new_tokens, lay)
 

@@ -27,9 +27,9 @@ from rlhf.learn.critic import ValueModel
 from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import Metrics, MicroBatch, Objective
 from rlhf.learn.sums import sum_in_float32
+from rlhf.models.classifier import Classifier
 from rlhf.models.lora import is_adapted, merged_parameters
 from rlhf.models.precision import dtype_of
-from rlhf.models.reward import Classifier
 
 Part = TypeVar("Part")
 Pass = Callable[[torch.nn.Module, TokenBatch], torch.Tensor]

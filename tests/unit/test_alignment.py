@@ -18,9 +18,9 @@ from rlhf.learn.batching import pack, pad
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.kl import AdaptiveKL
 from rlhf.learn.logprobs import PolicyModel
+from rlhf.models.classifier import packs
 from rlhf.models.load import load_policy, load_tokenizer, new_reward_model
 from rlhf.models.lora import adapter_off, merged_parameters, with_adapter
-from rlhf.models.reward import packs
 from rlhf.types import Experience, Rewards, WorkItem
 from tests.tiny import save_policy
 
@@ -83,7 +83,7 @@ def step(model, reference, algorithm, experiences, kl_coef, world=1, budget=4096
     model.zero_grad()
     held = None if reference is None else ReferencePolicy(PolicyModel(reference))
     if critic is not None:
-        assert packs(critic.inner, 0)
+        assert packs(critic.inner)
     totals = {}
     for rank in range(world):
         value = None if critic is None else Rank(critic, rank, world, budget)
