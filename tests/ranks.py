@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.config import AlgorithmConfig, CriticConfig, DeepSpeedConfig, LoraConfig
 from rlhf.learn import logprobs
 from rlhf.learn.alignment import Aligner, ReferencePolicy
-from rlhf.learn.batching import pad
+from rlhf.learn.batching import Layout
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import BradleyTerry, MicroBatch, PreferencePairs, Supervised, TokenPairs
 from rlhf.learn.trainer import Trainer
+from rlhf.models.classifier import Classifier, packs
 from rlhf.models.lora import adapter_off, with_adapter
-from rlhf.models.reward import Classifier, packs
+from rlhf.models.reach import Reach
 from rlhf.types import Experience, Ragged, Rewards, Rollouts
 
 WORDS = 500
@@ -98,7 +99,7 @@ def supervised(
 
 
 def preferences(at: Ranks, lengths: list[int], budget: int = 128, **changes: Any) -> tuple[Steps, Trainer]:
-    scorer = Classifier(model := classifier(vocabulary=60, **changes), model.config.pad_token_id)
+    scorer = Classifier(classifier(vocabulary=60, **changes))
     trainer = at.trainer(scorer, budget)
     trainer.objective = BradleyTerry(scorer)
     data = PreferencePairs(*(tokens(lengths, 60, seed) for seed in (0, 1)))
@@ -167,7 +168,7 @@ def aligned(
     lay, critic = policy.lay, None
     if settings.critic is not None:
         value = ValueModel(classifier())
-        lay = policy.lay if packs(value.inner, 0) else pad
+        lay = lay.both(Layout(packs(value.inner), Reach.of(value.inner.config)))
         critic = at.trainer(value, 64)
     trainer = at.trainer(policy, 64)
     aligner = Aligner(trainer, reference, critic, settings, 800, lay)

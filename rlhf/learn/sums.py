@@ -6,6 +6,7 @@ Those are of embeddings, over the places where a token stands, and of layer norm
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,22 +15,26 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
-def sum_in_float32(model: torch.nn.Module, tokens: torch.nn.Module | None) -> None:
+def sum_in_float32(model: torch.nn.Module) -> None:
     """Makes the embeddings and layer norms of a model, with weights of bfloat16 on a CPU, add up so. What they compute
-    stays as it is.
+    stays as it is."""
+    modules: list[Any] = [module for module in model.modules() if "forward" not in vars(module)]
+    for module in modules:
+        kind = type(module)
+        if issubclass(kind, torch.nn.Embedding) and _by_id(module):
+            module.forward = partial(_looked_up, module, module.forward)
+        elif kind is torch.nn.LayerNorm:
+            module.forward = partial(_normalised, module, module.forward)
 
-    Args:
-        tokens: the embedding of tokens, of whatever class: an output depends on one id. Others must be PyTorch's own.
-    """
-    plain = [module for module in model.modules() if "forward" not in vars(module)]
-    for module in plain:
-        own: Any = module
-        if isinstance(module, torch.nn.Embedding) and (
-            module is tokens or type(module).forward is torch.nn.Embedding.forward
-        ):
-            own.forward = partial(_looked_up, own, own.forward)
-        elif type(module) is torch.nn.LayerNorm:
-            own.forward = partial(_normalised, own, own.forward)
+
+@torch.no_grad()
+def _by_id(embedding: Any) -> bool:
+    """Whether an embedding takes ids alone and an id's output is the same wherever it stands."""
+    if len(inspect.signature(type(embedding).forward).parameters) != 2:  # itself and the ids
+        return False
+    ids = torch.tensor([0, embedding.num_embeddings - 1], device=embedding.weight.device)
+    places = torch.tensor([[0, 1, 0]], device=ids.device)
+    return torch.equal(embedding(ids[places]), embedding(ids)[places])
 
 
 def _concerned(module: Any) -> bool:

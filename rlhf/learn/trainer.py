@@ -127,8 +127,7 @@ class Trainer:
         wrapped = isinstance(model, Classifier | PolicyModel | ValueModel)
         self.model: Any = model.inner if wrapped else model  # what is saved
         model.eval()  # without dropout: the sampler has none, and importance weights compare the two
-        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)
-        sum_in_float32(model, embeddings())
+        sum_in_float32(model)
         if isinstance(model, PolicyModel) and model.gathered is not None:
             set_z3_leaf_module(model.gathered, True)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -139,9 +138,8 @@ class Trainer:
         self._norm: float | None = None
         if not self.engine.zero_optimization():  # then DeepSpeed clips but keeps no norm
             self.engine.clip_fp32_gradients = self._clip
-        if (
-            config.zero_stage == 0
-        ):  # one rank has nothing to add up, but DeepSpeed would copy all gradients and back
+        # one rank has nothing to add up, but DeepSpeed would copy all gradients into a buffer and back
+        if config.zero_stage == 0:
             self.engine.enable_backward_allreduce = world > 1
 
     def step(self, batch: Any, learning_rate: float, step: int = 0) -> Metrics:
@@ -172,7 +170,8 @@ class Trainer:
         norm = self._stepped()
         if not math.isfinite(norm):
             rows = [row for part in parts for row in part.rows]
-            self._refuse([f"the gradient of {_listed(rows)} is not finite"], learning_rate, step)
+            wrong = [f"the gradient of {_listed(rows)} is not finite"] if rows else []
+            self._refuse(wrong, learning_rate, step)
         metrics["grad_norm"] = norm
         return metrics
 
@@ -306,4 +305,4 @@ def _listed(rows: Sequence[str], most: int = 8) -> str:
     'example 3, example 9 and 1 more'
     """
     more = f" and {len(rows) - most} more" if len(rows) > most else ""
-    return (", ".join(rows[:most]) or "an empty batch") + more
+    return ", ".join(rows[:most]) + more

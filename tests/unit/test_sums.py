@@ -33,7 +33,7 @@ def test_gradients_in_bfloat16_are_those_of_float32(model_config):
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         policy = PolicyModel(copy.deepcopy(model).to(dtype), chunk=256 * 12)
-        sum_in_float32(policy, policy.inner.get_input_embeddings())
+        sum_in_float32(policy)
         token_logprobs(policy, batch).sum().backward()
         found.append({n: p.grad.double() for n, p in policy.inner.named_parameters()})
     for name, truth in found[1].items():
