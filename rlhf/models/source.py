@@ -71,7 +71,8 @@ def find_source(path: str, key: str) -> Source:
         raise ValueError(
             f"{key}={path}: the folder holds a model (config.json) and an adapter ({ADAPTER}); move one of them away"
         )
-    settings = _adapter_settings(path if folder is None else str(folder))
+    with naming(key, path):
+        settings = _adapter_settings(path if folder is None else str(folder))
     if settings is None:
         return Source(path)
     where, base = str(folder or path), settings.get("base_model_name_or_path")
