@@ -57,7 +57,7 @@ class Source:
 
 
 def find_source(path: str, key: str) -> Source:
-    """The model at `path`; of a PEFT adapter its base.
+    """The model at `path`; of a PEFT adapter its base, and the adapter.
 
     Raises:
         ValueError: there is neither; it names the key and the path, and a folder that may have been meant.
