@@ -14,7 +14,7 @@ from rlhf.data.chat import ChatFormat
 from rlhf.generate.transformers_engine import TransformersEngine
 from rlhf.learn.advantages import ADVANTAGES
 from rlhf.learn.alignment import Aligner, ReferencePolicy
-from rlhf.learn.batching import pack, pad
+from rlhf.learn.batching import Layout
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.kl import AdaptiveKL
 from rlhf.learn.logprobs import PolicyModel
@@ -87,9 +87,7 @@ def step(model, reference, algorithm, experiences, kl_coef, world=1, budget=4096
     totals = {}
     for rank in range(world):
         value = None if critic is None else Rank(critic, rank, world, budget)
-        aligner = Aligner(
-            Rank(model, rank, world, budget), held, value, algorithm, 8, Layout(packing)
-        )
+        aligner = Aligner(Rank(model, rank, world, budget), held, value, algorithm, 8, Layout(packing))
         for key, v in aligner.step(experiences, kl_coef, 0.1, 0.1).items():
             totals[key] = totals.get(key, 0.0) + v
     return totals["loss"], torch.cat([p.grad.flatten() for p in model.parameters()]), totals
@@ -400,6 +398,6 @@ def test_a_reference_within_a_context(models, experiences):
     model, _ = models
     own = step(model, copy.deepcopy(model).requires_grad_(False), settings(), experiences, 0.3)[1]
     model.zero_grad()
-    aligner = Aligner(Rank(model), ReferencePolicy(None, nullcontext), None, settings(), 8, pack)
+    aligner = Aligner(Rank(model), ReferencePolicy(None, nullcontext), None, settings(), 8, Layout(True))
     aligner.step(experiences, 0.3, 0.1, 0.1)
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), own)
