@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -27,12 +27,16 @@ from rlhf.types import Content, Rewards, Rollouts
 from rlhf.utility.pipeline import Utility
 from rlhf.utility.statistics import ReferenceRule
 
+if TYPE_CHECKING:
+    from rlhf.models.reward import RewardScorer
+
 ATTEMPTS = 5
 POINTS = 256  # samples, at most, that a transform of a prompt's samples gets; of more, their quantiles
 
 
 class RewardModel:
-    """One replica of one reward model."""
+    """One replica of one reward model. A model that cannot be loaded is no failure of the replica, which Serve would
+    start again and again: every call says why."""
 
     def __init__(
         self, name: str, path: str, template: str | None, budget: int, dtype: str, cpus: float, gpus: float
@@ -45,19 +49,36 @@ class RewardModel:
         device = "cuda" if gpus > 0 else "cpu"
         self._recorder = Recorder(f"reward {name}")
         self._one_at_a_time = threading.Lock()  # Serve calls from several threads; the CPUs given are for one
-        self._scorer = RewardScorer(name, path, template, budget, device, dtype)
+        self._fault: ValueError | None = None
+        try:
+            self._scorer = RewardScorer(name, path, template, budget, device, dtype)
+        except ValueError as error:
+            self._fault = error
+
+    def fault(self) -> str | None:
+        """Why the model cannot be used; None: it can."""
+        return None if self._fault is None else str(self._fault)
+
+    def notes(self) -> list[str]:
+        """What to tell of how the model is called."""
+        return self._ready().classifier.notes
+
+    def _ready(self) -> RewardScorer:
+        if self._fault is not None:
+            raise self._fault
+        return self._scorer
 
     def score(self, rollouts: list[ray.ObjectRef]) -> tuple[np.ndarray, tuple[Span, ...]]:
         """Rewards of the responses of one `Rollouts`, float32 [B], and what was done for them."""
         batch: Rollouts = ray.get(rollouts[0])
         with self._one_at_a_time:
             with self._recorder.span("score"):
-                rewards = self._scorer.score([batch.prompts[g] for g in batch.group], batch.texts)
+                rewards = self._ready().score([batch.prompts[g] for g in batch.group], batch.texts)
             return rewards, self._recorder.take()
 
     def score_texts(self, contents: Sequence[Content], responses: Sequence[str]) -> np.ndarray:
         with self._one_at_a_time:
-            return self._scorer.score(contents, responses)
+            return self._ready().score(contents, responses)
 
 
 class RewardIngress:
@@ -65,6 +86,16 @@ class RewardIngress:
 
     def __init__(self, models: Mapping[str, Any], baseline: Any) -> None:
         self._models, self._baseline = dict(models), baseline
+
+    async def faults(self) -> list[str]:
+        """Why models cannot be used; empty: they can."""
+        found = await asyncio.gather(*(self._call(m, "fault") for m in self._models))
+        return [fault for fault in found if fault is not None]
+
+    async def notes(self) -> list[str]:
+        """What to tell of how models are called."""
+        found = await asyncio.gather(*(self._call(m, "notes") for m in self._models))
+        return [note for notes in found for note in notes]
 
     async def raw(self, rollouts: list[ray.ObjectRef]) -> np.ndarray:
         """Raw rewards of one `Rollouts`, float32 [B, M]."""
@@ -105,7 +136,11 @@ class RewardIngress:
 
 
 class RewardPool:
-    """The running application, seen from the driver."""
+    """The running application, seen from the driver.
+
+    Raises:
+        ValueError: a model cannot be used; it says which and why. Nothing is then left of the application.
+    """
 
     def __init__(
         self,
@@ -134,12 +169,20 @@ class RewardPool:
             )
             for name, model in models.items()
         }
-        self._handle = serve.run(
-            app.bind(deployments, baseline),
-            name=self._name,
-            route_prefix=None,
-            logging_config={"log_level": "ERROR"},
-        )
+        try:
+            self._handle = serve.run(
+                app.bind(deployments, baseline),
+                name=self._name,
+                route_prefix=None,
+                logging_config={"log_level": "ERROR"},
+            )
+            faults = self._handle.faults.remote().result()
+            if faults:
+                raise ValueError("; ".join(faults))
+            self.notes: list[str] = self._handle.notes.remote().result()
+        except BaseException:
+            self.stop()  # or the replicas that started would keep their CPUs
+            raise
 
     def raw(self, rollouts: ray.ObjectRef) -> ray.ObjectRef:
         """Starts the scoring of rollouts; the reference of their raw rewards, float32 [B, M]."""

@@ -62,9 +62,11 @@ def save_policy(folder: Path, seed: int = 0, **changes: object) -> Path:
     return folder
 
 
-def save_reward_model(folder: Path, seed: int, labels: int = 1, words: list[str] = WORDS) -> Path:
+def save_reward_model(
+    folder: Path, seed: int, labels: int = 1, words: list[str] = WORDS, **changes: object
+) -> Path:
     torch.manual_seed(seed)
     made = tokenizer(words)
-    LlamaForSequenceClassification(config(len(made), num_labels=labels)).save_pretrained(folder)
+    LlamaForSequenceClassification(config(len(made), num_labels=labels, **changes)).save_pretrained(folder)
     made.save_pretrained(folder)
     return folder

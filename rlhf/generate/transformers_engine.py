@@ -307,6 +307,7 @@ class TransformersEngine:
         item = job.item
         tokens = [row[:n] for row, n in zip(job.tokens, job.lengths, strict=True)]
         flat = Ragged.of(tokens, np.int32)
+        group = np.repeat(np.arange(item.groups, dtype=np.int32), item.samples)
         return Rollouts(
             item=item.id,
             version=job.version,
@@ -315,11 +316,11 @@ class TransformersEngine:
             prompts=item.prompts,
             prompt_ids=np.array([prompt_id(c) for c in item.prompts], np.uint64),
             prompt_tokens=Ragged.of(job.prompts, np.int32),
-            group=np.repeat(np.arange(item.groups, dtype=np.int32), item.samples),
+            group=group,
             tokens=flat,
             logprobs=np.concatenate([row[:n] for row, n in zip(job.logprobs, job.lengths, strict=True)]),
             finished=job.finished,
-            texts=tuple(self.chat.tokenizer.batch_decode(tokens, skip_special_tokens=True)),
+            texts=self.chat.response_texts(item.prompts, job.prompts, group, tokens, self.ends),
             seconds=time.perf_counter() - job.started,
         )
 

@@ -1,67 +1,245 @@
-"""Loading and making policies, reward models and tokenizers: any Hugging Face name or folder."""
+"""Loading and making policies, reward models and tokenizers: any Hugging Face name or folder, or an adapter on one.
+
+A model is loaded whole or not at all: weights that are missing, of another shape or NaN are an error.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+import logging
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ArchitectureConfig
+from rlhf.models.reach import max_positions
+from rlhf.models.source import check_allowed, find_source, find_tokenizer, naming, trusted
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 
-@contextlib.contextmanager
-def _naming(key: str, path: str) -> Iterator[None]:
-    """Turns a loading failure into one error that names the configuration key and the path."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{key}={path} cannot be loaded: {reason}") from error
-
-
-def check_path(key: str, path: str, holds: str = "config.json") -> None:
-    """Refuses a path that looks local and is not there (a hub name has at most one slash and no dot first).
-
-    Raises:
-        ValueError: names the key and the path.
-    """
-    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith("/")
-    folder = Path(path).expanduser()
-    if looks_local and not folder.is_dir():
-        raise ValueError(f"{key}={path}: no such folder")
-    if folder.is_dir() and not (folder / holds).is_file():
-        raise ValueError(f"{key}={path}: the folder holds no {holds}; was it saved by save_pretrained?")
+CAUSAL, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
 
 def load_config(path: str, key: str) -> Any:
+    """A model's configuration; of an adapter, its base's."""
     from transformers import AutoConfig
 
-    check_path(key, path)
-    with _naming(key, path):
-        return AutoConfig.from_pretrained(path)
+    source = find_source(path, key)
+    with naming(key, source.named(path)):
+        return AutoConfig.from_pretrained(source.model, trust_remote_code=trusted())
+
+
+def policy_config(path: str, key: str = "policy.path") -> Any:
+    """The configuration of a causal language model.
+
+    Raises:
+        ValueError: it is none; names the key, the path and what it is.
+    """
+    config = load_config(path, key)
+    _check_kind(config, path, key, CAUSAL)
+    for name in _made_for(config, path, key):
+        if name == "SEQ_CLS" or name in _names(CLASSIFIER):
+            raise ValueError(
+                f"{key}={path} is for sequence classification ({name}), and no causal language model"
+            )
+    return config
+
+
+def reward_config(path: str, key: str) -> Any:
+    """The configuration of a Bradley-Terry reward model.
+
+    Raises:
+        ValueError: it is none; names the key, the path and what it is.
+    """
+    config = start_config(path, key)
+    for name in _made_for(config, path, key):
+        if name == "CAUSAL_LM" or name in _names(CAUSAL):
+            raise ValueError(
+                f"{key}={path} is a causal language model ({name}), which has no head that makes rewards; give a "
+                "sequence classifier, or train one from it with init_from and preferences"
+            )
+    if find_source(path, key).adapter is None and config.num_labels != 1:  # else the head is the adapter's
+        raise ValueError(
+            f"{key}={path}: a reward model has one label, this sequence classifier has {config.num_labels}; save it "
+            "with num_labels=1"
+        )
+    return config
+
+
+def start_config(path: str, key: str) -> Any:
+    """The configuration of a model that a reward model or a critic can start from.
+
+    Raises:
+        ValueError: it cannot; names the key, the path and what it is.
+    """
+    config = load_config(path, key)
+    _check_kind(config, path, key, CLASSIFIER)
+    return config
+
+
+def _check_kind(config: Any, path: str, key: str, auto: str) -> None:
+    """Refuses a model that transformers has not in this kind, if none comes with it that may run."""
+    if config.model_type in _names(auto, types=True):
+        return
+    if auto in (getattr(config, "auto_map", None) or {}):
+        check_allowed(path, key)
+    else:
+        kind = "causal language model" if auto == CAUSAL else "sequence classifier"
+        raise ValueError(f"{key}={path}: transformers has no {kind} of the type '{config.model_type}'")
+
+
+def _made_for(config: Any, path: str, key: str) -> list[str]:
+    """The class that a model was saved as, by its configuration; of an adapter its task."""
+    source = find_source(path, key)
+    if source.adapter is not None:
+        return [source.task] if source.task else []
+    return getattr(config, "architectures", None) or []
+
+
+def _names(auto: str, types: bool = False) -> Collection[str]:
+    """The classes that transformers has of a kind, or their types of model."""
+    from transformers.models.auto import modeling_auto as known
+
+    names = {
+        CAUSAL: known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        CLASSIFIER: known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }[auto]
+    return names.keys() if types else names.values()
 
 
 def load_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer; of an adapter without one, its base's."""
     from transformers import AutoTokenizer
 
-    check_path(key, path, "tokenizer_config.json")
-    with _naming(key, path):
-        return AutoTokenizer.from_pretrained(path)
+    found = find_tokenizer(path, key)
+    with naming(key, path):
+        return AutoTokenizer.from_pretrained(found, trust_remote_code=trusted())
 
 
 def load_policy(path: str, key: str = "policy.path", dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A causal language model in evaluation mode, float32 unless told."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    policy_config(path, key)
+    return _load(CAUSAL, path, key, dtype)
 
-    check_path(key, path)
-    with _naming(key, path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32).eval()
+
+def load_reward_model(path: str, key: str) -> PreTrainedModel:
+    """A sequence classifier with one label, in evaluation mode, float32."""
+    reward_config(path, key)
+    return _load(CLASSIFIER, path, key, num_labels=1)
+
+
+def new_reward_model(path: str, key: str, seed: int, pad_token_id: int | None) -> PreTrainedModel:
+    """A reward model with the weights of the model at `path` under a new head that scores 0. Where its configuration
+    names no padding token, it becomes `pad_token_id`."""
+    import torch
+
+    torch.manual_seed(seed)
+    start_config(path, key)
+    model = _load(CLASSIFIER, path, key, new_head=True, num_labels=1)
+    text = model.config.get_text_config()
+    if text.pad_token_id is None:
+        text.pad_token_id = model.config.pad_token_id = pad_token_id
+    head = head_of(model)
+    if head is None:
+        raise ValueError(
+            f"{key}={path}: {type(model).__name__} has no single linear layer that makes the reward"
+        )
+    torch.nn.init.zeros_(head.weight)
+    if head.bias is not None:
+        torch.nn.init.zeros_(head.bias)
+    return model
+
+
+def head_of(model: PreTrainedModel) -> torch.nn.Linear | None:
+    """What makes a classifier's one score: the only linear layer with one output outside of its body."""
+    import torch
+
+    body = set() if model.base_model is model else set(model.base_model.modules())
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m not in body]
+    found = [m for m in linear if m.out_features == 1]
+    return found[0] if len(found) == 1 else None
+
+
+def _outside_of_body(model: PreTrainedModel) -> set[str]:
+    """The weights of a classifier that its body does not have; where the two are not told apart, those of its head."""
+    if model.base_model is model:
+        own = {id(weight) for weight in head.parameters()} if (head := head_of(model)) else set()
+    else:
+        own = {id(w) for w in model.parameters()} - {id(w) for w in model.base_model.parameters()}
+    return {name for name, weight in model.named_parameters() if id(weight) in own}
+
+
+def _load(
+    auto: str, path: str, key: str, dtype: torch.dtype | None = None, new_head: bool = False, **changes: Any
+) -> PreTrainedModel:
+    """A model whose every weight is from what `path` holds; with `new_head`, but for those outside of its body."""
+    import torch
+    import transformers
+
+    source = find_source(path, key)
+    with naming(key, source.named(path)), _quiet():
+        model, found = getattr(transformers, auto).from_pretrained(
+            source.model,
+            dtype=dtype or torch.float32,
+            trust_remote_code=trusted(),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **changes,
+        )
+    missing = dict.fromkeys(found["missing_keys"], "is not there")
+    missing |= {
+        name: f"has the shape {list(have)}, not {list(want)}" for name, have, want in found["mismatched_keys"]
+    }
+    if source.adapter is not None:
+        from rlhf.models.lora import merged
+
+        with naming(key, source.named(path)):
+            model, brought = merged(model, source.adapter)
+        missing = {name: fault for name, fault in missing.items() if name not in brought}
+    if new_head:
+        meant = _outside_of_body(model)
+        missing = {name: fault for name, fault in missing.items() if name not in meant}
+    _check_whole(f"{key}={path}", missing, sorted(found["unexpected_keys"]))
+    _check_numbers(f"{key}={path}", model)
+    return model.eval()
+
+
+def _check_whole(what: str, missing: dict[str, str], unread: list[str]) -> None:
+    """Weights that are missing would be random. Those that the model has no place for change nothing that it computes,
+    here as in plain transformers: they are told of."""
+    unknown = f"; it has no place for {_listed(unread)}" if unread else ""
+    if missing:
+        faults = _listed([f"{name} {fault}" for name, fault in sorted(missing.items())])
+        raise ValueError(f"{what} cannot be loaded: of the model's weights {faults}{unknown}")
+    if unread:
+        log.warning("%s: not read, as the model has no place for them: %s", what, _listed(unread))
+
+
+def _check_numbers(what: str, model: PreTrainedModel) -> None:
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.detach().sum().isnan() and weight.isnan().any():
+            raise ValueError(f"{what} cannot be loaded: the weight {name} has NaN")
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own report of missing weights is a table of many lines; ours is an error of one."""
+    from transformers.utils import logging as theirs
+
+    before = theirs.get_verbosity()
+    theirs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(before)
 
 
 def new_policy(
@@ -90,44 +268,16 @@ def new_policy(
     return LlamaForCausalLM(config).eval()
 
 
-def check_reward_config(config: Any, key: str) -> None:
-    """Refuses what is no Bradley-Terry reward model.
-
-    Raises:
-        ValueError: names the key and the number of labels.
-    """
-    if config.num_labels != 1:
-        raise ValueError(
-            f"{key}: a reward model has one label, this sequence classifier has {config.num_labels}; "
-            "save it with num_labels=1"
-        )
-
-
-def load_reward_model(path: str, key: str) -> PreTrainedModel:
-    """A sequence classifier with one label, in evaluation mode, float32."""
+def usable_positions(model: PreTrainedModel) -> int | None:
+    """`max_positions`, less those that a model counts from its padding token on (RoBERTa and its kin)."""
     import torch
-    from transformers import AutoModelForSequenceClassification
 
-    check_reward_config(load_config(path, key), key)
-    with _naming(key, path):
-        return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
-
-
-def new_reward_model(path: str, key: str, seed: int, pad_token_id: int | None) -> PreTrainedModel:
-    """A reward model with the weights of the causal model at `path` under a new head that scores 0."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    torch.manual_seed(seed)
-    check_path(key, path)
-    logging.set_verbosity_error()  # the missing head is meant
-    with _naming(key, path):
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, num_labels=1)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = pad_token_id
-    torch.nn.init.zeros_(model.score.weight)
-    return model
+    limit = max_positions(model.config)
+    named = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    for module in (m for m in named if isinstance(m, torch.nn.Embedding) and m.num_embeddings == limit):
+        if module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return limit
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:

@@ -63,6 +63,30 @@ def _check_layers(adapted: Any, lora: LoraConfig) -> None:
             )
 
 
+def merged(model: PreTrainedModel, adapter: str) -> tuple[PreTrainedModel, set[str]]:
+    """The model under a saved adapter (a folder or hub name), merged in; and which of the model's own weights came
+    with the adapter, whole.
+
+    Raises:
+        ValueError: the adapter cannot be merged, or is for another model.
+    """
+    import peft
+
+    settings = peft.PeftConfig.from_pretrained(adapter)
+    if settings.is_prompt_learning:
+        raise ValueError(f"an adapter of the kind {settings.peft_type.value} cannot be merged into a model")
+    settings.task_type = None  # whose wrapper is of no use here, and asks more of the model
+    adapted = peft.get_peft_model(model, settings)
+    found = adapted.load_adapter(adapter, "default")
+    strange = [*found.missing_keys, *found.unexpected_keys]
+    if strange:
+        raise ValueError(
+            f"the adapter does not fit its base: {len(strange)} weights do not, {strange[0]} among them"
+        )
+    names = {name.removeprefix(PREFIX) for name in peft.load_peft_weights(adapter, device="cpu")}
+    return adapted.merge_and_unload(), names
+
+
 def is_adapted(model: torch.nn.Module) -> bool:
     return hasattr(model, "peft_config")
 

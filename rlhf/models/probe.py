@@ -44,11 +44,17 @@ def own_logprobs(model: Any, rows: torch.Tensor, first: int | None = None) -> to
     return torch.log_softmax(model(**given, use_cache=False).logits.float(), -1)
 
 
-def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Root mean square difference over all tokens that are possible at all, nats; infinite if one is no number."""
+def distances(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of each distribution [..., vocabulary] over the tokens that are possible at all,
+    nats, float64 [...]; infinite where one is no number."""
     possible = torch.isfinite(exact)
-    gap = (found.to(exact.device) - exact)[possible].double()
-    return float(gap.square().mean().sqrt()) if bool(torch.isfinite(gap).all()) else float("inf")
+    gap = torch.where(possible, found.to(exact.device) - exact, 0.0).double()
+    return (gap.square().sum(-1) / possible.sum(-1)).sqrt().nan_to_num(nan=float("inf"))
+
+
+def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """`distances`, root mean square over all distributions."""
+    return float(distances(found, exact).square().mean().sqrt())
 
 
 def tolerance(exact: torch.Tensor) -> float:

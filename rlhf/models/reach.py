@@ -102,15 +102,21 @@ def attention_window(config: PretrainedConfig) -> int | None:
     def used(kind: str) -> bool:
         return kinds is None or any(k.startswith((kind, "local")) for k in kinds)
 
-    spans = {key: getattr(text, key, None) for key in WINDOWS}
-    narrow = [n for key, n in spans.items() if isinstance(n, int) and n > 0 and used(WINDOWS[key])]
-    return min(narrow, default=None)
+    spans = [n for key, kind in WINDOWS.items() if used(kind) for n in by_layer(text, key)]
+    return min((n for n in spans if isinstance(n, int) and n > 0), default=None)
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
     """The longest sequence a model takes, if its configuration says."""
     text = config.get_text_config()
-    return next((int(n) for n in (getattr(text, key, None) for key in LIMITS) if n), None)
+    found = (getattr(text, key, None) for key in LIMITS)
+    return next((int(n) for n in found if n is not None and n > 0), None)  # XLNet says -1
+
+
+def by_layer(text: Any, key: str) -> list[Any]:
+    """The values of a key: one, or one for each layer where layers differ (Gemma 4)."""
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    return [getattr(layer, key, None) for layer in layers]
 
 
 def _ropes(text: Any) -> Iterator[dict]:

@@ -38,9 +38,10 @@ def rotates(module: torch.nn.Module) -> bool:
 
 
 def _ours(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *given: Any, **named: Any) -> Any:
-        if given or named or not _fits(q, k, cos, sin):
-            return theirs(q, k, cos, sin, *given, **named)
+    def apply_rotary_pos_emb(*given: Any, **named: Any) -> Any:
+        if named or len(given) != 4 or not _fits(*given):
+            return theirs(*given, **named)
+        q, k, cos, sin = given
         cos, sin = (x.expand(q.shape[0], -1, -1).contiguous() for x in (cos, sin))
         return Rotated.apply(q, cos, sin), Rotated.apply(k, cos, sin)
 
@@ -48,8 +49,10 @@ def _ours(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return apply_rotary_pos_emb
 
 
-def _fits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+def _fits(q: Any, k: Any, cos: Any, sin: Any) -> bool:
     """q, k: [B, heads, T, width]; cos, sin: [B or 1, T, width]."""
+    if not all(isinstance(x, torch.Tensor) for x in (q, k, cos, sin)):
+        return False
     width = q.shape[-1]
     shaped = q.ndim == k.ndim == 4 and cos.ndim == sin.ndim == 3 and q.shape[2] == k.shape[2] == cos.shape[1]
     return (

@@ -1,5 +1,6 @@
 """The reward pool: errors name the model, and a dead replica is replaced."""
 
+import shutil
 import time
 
 import pytest
@@ -21,7 +22,7 @@ def test_nan_reward_is_an_error_with_model_and_sample(jobs, tmp_path, reward_fol
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(reward_folders["helpful"])
-    torch.nn.init.constant_(model.score.weight, float("nan"))
+    torch.nn.init.constant_(model.score.weight, float("inf"))
     model.save_pretrained(tmp_path / "nan")
     AutoTokenizer.from_pretrained(reward_folders["helpful"]).save_pretrained(tmp_path / "nan")
     job = jobs.make(f"reward_models.helpful.path={tmp_path / 'nan'}", bare=True, apart=True)
@@ -29,6 +30,30 @@ def test_nan_reward_is_an_error_with_model_and_sample(jobs, tmp_path, reward_fol
         ValueError, match=r"reward model 'helpful' returned nan for .* first for prompt 'what is"
     ):
         job.baseline()
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_and_leaves_nothing(jobs, tmp_path, reward_folders):
+    """Also for its sibling, which could be loaded: its replicas are gone, and their CPUs are free."""
+    from ray import serve
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(reward_folders["helpful"], tmp_path / "headless")
+    weights = load_file(folder / "model.safetensors")
+    weights["value_head.weight"] = weights.pop("score.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    job = jobs.make(f"reward_models.helpful.path={folder}", "resources.reward.count=2", bare=True, apart=True)
+    _ = job.roles.baseline
+    before, free = set(serve.status().applications), ray.available_resources()["CPU"]
+    fault = "of the model's weights score.weight is not there; it has no place for value_head.weight"
+    with pytest.raises(
+        ValueError, match=rf"^reward model 'helpful': path={folder} cannot be loaded: {fault}$"
+    ):
+        _ = job.roles.rewards
+    assert set(serve.status().applications) == before
+    deadline = time.monotonic() + 60
+    while ray.available_resources()["CPU"] < free - 1e-6:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_killed_replica_is_replaced_and_the_call_answered(jobs):

@@ -14,8 +14,8 @@ from rlhf.learn.objectives import (
     TokenPairs,
     balanced,
 )
+from rlhf.models.classifier import Classifier
 from rlhf.models.load import load_policy, load_reward_model
-from rlhf.models.reward import Classifier
 from rlhf.types import Ragged
 
 
@@ -64,7 +64,7 @@ def test_supervised_equals_transformers_own_loss(policy_folder, world):
 @pytest.mark.parametrize("packing", [True, False])
 def test_bradley_terry_equals_the_formula(reward_folders, packing):
     model = load_reward_model(str(reward_folders["helpful"]), "k")
-    classifier = Classifier(model, 0)
+    classifier = Classifier(model)
     assert classifier.packs
     classifier.packs = packing
     rng = np.random.default_rng(0)

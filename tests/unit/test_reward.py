@@ -13,8 +13,10 @@ from transformers import (
     MistralForSequenceClassification,
 )
 
+from rlhf.models.classifier import Classifier, score_rows
+from rlhf.models.conversations import split
 from rlhf.models.load import load_reward_model
-from rlhf.models.reward import Classifier, RewardScorer, _split, score_rows
+from rlhf.models.reward import RewardScorer
 from tests.tiny import save_reward_model
 
 
@@ -27,7 +29,7 @@ def test_packed_scores_equal_single_forward_passes(reward_folders, budget):
     rows = [np.concatenate([p, rng.integers(2, 20, size=n)]) for p in prompts for n in (3, 1, 7, 7)]
     kin = np.repeat([0, 1, 2], 4).tolist()
     expected = [model(input_ids=torch.tensor(row[None])).logits.item() for row in rows]
-    classifier = Classifier(model, 0)
+    classifier = Classifier(model)
     assert classifier.packs
     np.testing.assert_allclose(score_rows(classifier, classifier, rows, kin, budget), expected, atol=2e-5)
     classifier.packs = False
@@ -50,7 +52,7 @@ def test_conversations_longer_than_a_sliding_window_are_scored_plainly():
         initializer_range=0.3,
     )
     model = MistralForSequenceClassification(config).eval()
-    classifier, rng = Classifier(model, 0), np.random.default_rng(0)
+    classifier, rng = Classifier(model), np.random.default_rng(0)
     assert classifier.packs
     for longest in (16, 30):
         start = rng.integers(2, 30, size=4)
@@ -66,14 +68,14 @@ def test_a_bidirectional_classifier_is_scored_plainly():
     config = BertConfig(
         vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1
     )
-    classifier = Classifier(BertForSequenceClassification(config).eval(), 0)
+    classifier = Classifier(BertForSequenceClassification(config).eval())
     assert not classifier.packs
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8))
 def test_split_rows_join_to_the_rows(rows):
     kin = [len(rows) // 2 > i for i in range(len(rows))]
-    shared, own, group = _split(rows, kin)
+    shared, own, group = split(rows, kin)
     assert [[*shared[g], *own[i]] for i, g in enumerate(group)] == rows
     assert (own.lengths > 0).all()
 
@@ -97,7 +99,9 @@ def test_scorer_renders_by_its_own_template_and_tokenizer(reward_folders):
 
 def test_two_labels_are_refused(tmp_path):
     save_reward_model(tmp_path, seed=0, labels=2)
-    with pytest.raises(ValueError, match=r"reward_models.harmless.path: .* has 2; save it with num_labels=1"):
+    with pytest.raises(
+        ValueError, match=r"reward model 'harmless': path=.* has 2; save it with num_labels=1"
+    ):
         RewardScorer("harmless", str(tmp_path))
 
 
@@ -110,7 +114,7 @@ def test_too_long_a_conversation_is_refused(reward_folders):
 def test_responses_to_one_prompt_share_it():
     """However short the prompt, and where responses begin alike too."""
     rows = [[1, 2, 3, 9, 9, 9, 9, 9, 9], [1, 2, 3, 8], [1, 2, 3, 9, 7], [1, 2, 4]]
-    shared, own, group = _split(rows, [0, 0, 0, 1])
+    shared, own, group = split(rows, [0, 0, 0, 1])
     assert group.tolist() == [0, 0, 0, 1]
     assert shared[0].tolist() == [1, 2, 3]
     assert own.lengths.tolist() == [6, 1, 2, 1]
