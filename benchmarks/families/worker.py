@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import resource
 import warnings
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -13,9 +14,13 @@ import transformers
 
 from benchmarks.families.measure import Row, row
 
+MEMORY = 8 * 2**30
+"""Bytes of address space for a row: a configuration that came out large ends its row, not the machine."""
+
 
 def work(pipe: Connection, dtypes: Sequence[str]) -> None:
     """Measures the rows whose names arrive, quietly: what counts is in the row."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
