@@ -112,6 +112,8 @@ KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 
 DECODER = {"is_decoder": True}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": WINDOW}
+NO_FLOOR = {"time_step_min": 1e-9}
+"""`transformers` keeps time steps above this floor in whole passes, and not in steps: 0.001 makes up to 0.002 nats."""
 
 ODD: dict[str, dict[str, Any]] = {
     "bert": DECODER,
@@ -174,7 +176,8 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "longcat_flash": {"head_dim": 16, "num_layers": 2, "moe_topk": 2, "zero_expert_num": 2}
     | {"expert_ffn_hidden_size": 32},
-    "nemotron_h": {"chunk_size": 8, "n_groups": 2},
+    "nemotron_h": {"chunk_size": 8, "n_groups": 2} | NO_FLOOR,
+    "zamba2": NO_FLOOR,
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8},
     "minicpm3": {"scale_emb": 1.0, "dim_model_base": 64},
     "qwen4_exp_text": {
