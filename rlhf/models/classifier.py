@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -113,15 +112,15 @@ def score_rows(
 def batches(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int], budget: int) -> list[ScoreBatch]:
     """Token rows as batches; neighbours of one kin share their beginning, if the classifier packs."""
     read = [classifier.read(row) for row in rows]
+    parts: dict[tuple[bool, bool], list[int]] = {}
+    for i, row in enumerate(read):
+        parts.setdefault((_packable(classifier, row), _far(classifier, row)), []).append(i)
+    several = classifier.apart or classifier.pads
     found = []
-    for near, far in itertools.product((True, False), (False, True)):
-        part = [
-            i for i, r in enumerate(read) if (_packable(classifier, r), _far(classifier, r)) == (near, far)
-        ]
-        if near:
+    for (packable, _), part in parts.items():
+        if packable:
             found += conversations.packed(read, part, kin, budget)
         else:
-            several = classifier.apart or classifier.pads
             found += conversations.padded(read, part, classifier.pad, budget if several else None)
     return found
 
@@ -169,7 +168,7 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
     """
     model, direct = c.inner, isinstance(getattr(c.inner, "score", None), torch.nn.Linear)
     rows, kin = _trial(c, direct)
-    device, name = next(model.parameters()).device, f"{type(model).__name__} {model.name_or_path}"
+    device, name = next(model.parameters()).device, f"{type(model).__name__} {model.name_or_path}".strip()
     with _random_head(model):
         own = torch.cat(
             [
@@ -191,7 +190,7 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
             if not same():
                 c.skips_padding = False
                 c.apart = same()
-        reason = "its head reads more than one token"
+        reason = "its head does not read one token alone"
         if c.apart:
             with attention.tried(model) as trial:
                 c.packs = trial.possible
