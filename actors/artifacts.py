@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from rlhf.config import Config, RewardModelConfig
-from rlhf.data.prepare import RunData, demonstrations_source, evaluator_source, preferences_source
+from rlhf.data.prepare import RunData, Sources, demonstrations_source, evaluator_source, preferences_source
 from rlhf.store import Store, fingerprint, link, source_fingerprint
 from rlhf.utility.pipeline import Utility
 from rlhf.utility.statistics import ReferenceRule
@@ -72,7 +72,7 @@ class Artifacts:
         return self.config.seed + 1_000_003
 
     def _trained_names(
-        self, models: dict[str, RewardModelConfig], sources: dict[str, str], seed: int
+        self, models: dict[str, RewardModelConfig], sources: dict[str, Sources], seed: int
     ) -> dict[str, str]:
         names = {}
         for name, model in models.items():

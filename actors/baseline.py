@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
+from actors.failures import died, short
 from rlhf.types import Rollouts
 from rlhf.utility.adaptive import AdaptiveSampling, Progress
 from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
@@ -82,6 +85,22 @@ class Baseline:
 
     def __init__(self) -> None:
         self.actor = ray.remote(BaselineEstimator).options(num_cpus=0).remote()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """The estimator's answer.
+
+        Raises:
+            ValueError: its process has ended.
+        """
+        try:
+            return ray.get(getattr(self.actor, method).remote(*arguments))
+        except RayError as error:
+            if not died(error):
+                raise
+            raise ValueError(
+                f"the baseline estimator's process ended ({short(error)}); run the same command again: the stages that "
+                "were done are kept"
+            ) from error
 
     def stop(self) -> None:
         ray.kill(self.actor)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
 
 from actors.artifacts import Artifacts
+from actors.failures import Call
+from actors.generator_pool import Sampled
 from actors.roles import Roles
 from actors.work import work_items
 from rlhf.config import Config
@@ -38,8 +41,8 @@ class BaselineStage:
         """What to tell of it: samples taken and saved, and for each model the median standard error of r_ref."""
         with self._roles.start_beside("rewards"):
             self._roles.generators.load(self._artifacts.policy_path)
-        self._actor = self._roles.baseline.actor
-        ray.get(self._actor.reset.remote(self._artifacts.baseline_keys, self._config.baseline.exact))
+        self._actor, ask = self._roles.baseline.actor, self._roles.baseline.ask
+        ask("reset", self._artifacts.baseline_keys, self._config.baseline.exact)
         unseen = self._unseen()
         updates = self._canned() + self._columns()
         found: dict[str, Any] = {}
@@ -47,9 +50,10 @@ class BaselineStage:
             self._sample(unseen)
         else:
             found["samples_saved"] = self._adaptive()
-        ray.get(updates)
+        for update in updates:
+            update.result()
         found |= {"samples": self._taken, "prompts": len(self._ids), "prompts_sampled": len(unseen)}
-        references = ray.get(self._actor.references.remote(self._ids, self._rules, 0))
+        references = ask("references", self._ids, self._rules, 0)
         found["references"] = {
             name: {
                 "r_ref": float(np.mean(r.r_ref)),
@@ -58,7 +62,7 @@ class BaselineStage:
             }
             for name, r in references.items()
         }
-        found["digest"] = ray.get(self._actor.freeze.remote())
+        found["digest"] = ask("freeze")
         return found
 
     def _unseen(self) -> list[Prompt]:
@@ -66,8 +70,9 @@ class BaselineStage:
         baseline = self._config.baseline
         if baseline.known is None:
             return self._prompts
-        ray.get(self._actor.adopt.remote(baseline.known, self._artifacts.baseline_keys))
-        known = ray.get(self._actor.known.remote(self._rules, self._ids))
+        ask = self._roles.baseline.ask
+        ask("adopt", baseline.known, self._artifacts.baseline_keys)
+        known = ask("known", self._rules, self._ids)
         unseen = [p for p, k in zip(self._prompts, known, strict=True) if not k]
         if unseen and baseline.unseen == "refuse":
             raise ValueError(
@@ -86,13 +91,16 @@ class BaselineStage:
         )
         self._items += len(items)
         self._progress.extend(self._items)
-        source, updates = self._artifacts.baseline_name, []
-        for sampled in self._roles.generators.sample(items):
-            raw = self._roles.rewards.raw(sampled.rollouts)
-            updates.append(self._actor.update.remote(list(self._rules), sampled.rollouts, raw, source))
+        source, models, rewards = self._artifacts.baseline_name, list(self._rules), self._roles.rewards
+
+        def update(sampled: Sampled) -> ray.ObjectRef:
+            raw = rewards.raw(sampled.rollouts)
+            return self._actor.update.remote(models, sampled.rollouts, raw, source)
+
+        found = self._roles.generators.sample(items, update)
+        for done, sampled in enumerate(found, self._items - len(items) + 1):
             self._taken += sampled.summary.responses
-            self._progress.update(self._items - len(items) + len(updates), f"{self._taken} base responses")
-        ray.get(updates)
+            self._progress.update(done, f"{self._taken} base responses")
 
     def _adaptive(self) -> int:
         """Rounds, until every prompt's r_ref is sure enough or it has its most samples. The samples saved."""
@@ -100,28 +108,35 @@ class BaselineStage:
         assert b.tolerance is not None
         sampling = AdaptiveSampling(b.tolerance, b.samples, b.max_samples)
         while True:
-            progress = ray.get(self._actor.progress.remote(sampling, self._rules, self._ids))
+            progress = self._roles.baseline.ask("progress", sampling, self._rules, self._ids)
             if not progress.needs.any():
                 return progress.saved
             self._sample([p for p, needs in zip(self._prompts, progress.needs, strict=True) if needs])
 
-    def _canned(self) -> list[ray.ObjectRef]:
+    def _canned(self) -> list[Call]:
         """Rewards of the canned responses to every prompt, on their way to the estimator."""
         updates = []
         contents, ids = [p.content for p in self._prompts], self._ids
         for name, model in self._config.reward_models.items():
             for i, canned in enumerate(model.canned if model.reference == "canned" else []):
-                rewards = self._roles.rewards.canned(name, contents, [canned] * len(contents))
                 item = (self._artifacts.baseline_name, i)
-                updates.append(self._actor.update_canned.remote(name, ids, rewards, item))
+
+                def update(
+                    name: str = name, canned: str = canned, item: tuple[str, int] = item
+                ) -> ray.ObjectRef:
+                    rewards = self._roles.rewards.canned(name, contents, [canned] * len(contents))
+                    return self._actor.update_canned.remote(name, ids, rewards, item)
+
+                updates.append(Call(f"scoring of reward_models.{name}.canned", update))
         return updates
 
-    def _columns(self) -> list[ray.ObjectRef]:
+    def _columns(self) -> list[Call]:
         """Reference rewards that the data set brings."""
         updates = []
         for name, model in self._config.reward_models.items():
             if model.reference == "column":
                 ids, values = zip(*self._data.column(model.column), strict=True)
                 columns = np.array(ids, np.uint64), np.array(values, np.float32)
-                updates.append(self._actor.update_column.remote(name, *columns))
+                update = partial(self._actor.update_column.remote, name, *columns)
+                updates.append(Call(f"reference of reward_models.{name}", update))
         return updates

@@ -4,35 +4,53 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
 import ray
 
+from actors.address import check_cluster, given_address
 from actors.resources import check_offer
 from rlhf.config import Config
 from rlhf.models.source import TRUST
 
+SOCKET = 107  # bytes of a socket's path, at most
+IN_FOLDER = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray makes
+
 
 class Cluster:
-    """A connection to Ray for one run. An address wins over RAY_ADDRESS; without both, Ray is started here."""
+    """A connection to Ray for one run: to the cluster that is asked for, or to one that is started here.
+
+    Raises:
+        ValueError: there is no such cluster, or it has less than the roles ask for.
+    """
 
     def __init__(self, config: Config) -> None:
         started = time.perf_counter()
-        address = config.resources.address or os.environ.get("RAY_ADDRESS")
-        self.own = address is None
+        given = given_address(config.resources)
+        self.own = given is None
         logging.getLogger("ray").setLevel(logging.ERROR)
-        port = config.resources.dashboard_port
-        if self.own:
+        options: dict[str, Any] = {}
+        if given is None:
+            port = config.resources.dashboard_port
             _settle(dashboard=port is not None)
-        dashboard = {"include_dashboard": port is not None, "dashboard_port": port}
-        ray.init(
-            address=address or "local",
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            configure_logging=False,
-            runtime_env={"env_vars": {TRUST: "1"}} if config.trust_remote_code else None,
-            **(dashboard if self.own else {}),
-        )
+            options = {"include_dashboard": port is not None, "dashboard_port": port, "_temp_dir": folder()}
+        else:
+            check_cluster(*given)
+        try:
+            ray.init(
+                address="local" if given is None else given[1],
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                configure_logging=False,
+                runtime_env={"env_vars": {TRUST: "1"}} if config.trust_remote_code else None,
+                **options,
+            )
+        except (ConnectionError, RuntimeError) as error:
+            where = "Ray does not start on this machine" if given is None else "=".join(given)
+            raise ValueError(f"{where}: {error}") from error
         offer = ray.cluster_resources()
         check_offer(config, {kind: offer.get(kind, 0.0) for kind in ("CPU", "GPU")})
         self.seconds = time.perf_counter() - started
@@ -60,3 +78,32 @@ def _settle(dashboard: bool) -> None:
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # the list of tasks
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def folder() -> str | None:
+    """Where a Ray of this run's own keeps its files; null: where it would by itself, by RAY_TMPDIR or TMPDIR. If that
+    makes its sockets' paths too long, as in batch systems, or cannot be written: where it would without them.
+
+    Raises:
+        ValueError: that cannot be written either.
+    """
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    asked = os.environ.get(name, "/tmp")
+    for place in (asked, "/tmp"):
+        path = Path(place, "ray").absolute()
+        if len(os.fsencode(path / IN_FOLDER)) <= SOCKET and _writable(path):
+            return str(path) if place != asked else None
+    raise ValueError(
+        f"{name}={asked} is too long for Ray's sockets ({SOCKET} bytes with what Ray adds) or cannot be written, and "
+        "/tmp cannot be written; set RAY_TMPDIR to a short folder"
+    )
+
+
+def _writable(path: Path) -> bool:
+    """Whether Ray can make its folder there. (Its rights alone say nothing of a read-only file system.)"""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return True
+    except OSError:
+        return False

@@ -14,7 +14,8 @@
 | learner     | all items of the next batch        | the queue's lease                        |
 
 The driver owns every object and fetches no tokens: it reads summaries and rewards only. Rule of the ledger:
-version(learner) - version(rollout) <= staleness.
+version(learner) - version(rollout) <= staleness. An item of which anything is lost with a process or a node, wherever
+it is by then, is sampled again: `rlhf.flow.fleet.TRIES` times in all.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 
-from actors.generator import GeneratorPool, Summary
-from actors.learner import Coefficients, LearnerGroup, merged
+from actors.failures import lost, rank_error, short
+from actors.generator import Summary
+from actors.generator_pool import GeneratorPool, Outcome, Sampled, ready
+from actors.learner import Coefficients, LearnerGroup, Lost, merged
 from actors.metrics import StepMetrics
 from rlhf.config import AlignConfig
 from rlhf.flow.leases import Lease
@@ -36,18 +39,18 @@ from rlhf.flow.ledger import Ledger
 from rlhf.timeline import Span
 from rlhf.types import Rewards, WorkItem
 
-REWARD_ATTEMPTS = 3
-
 
 @dataclass
 class _Held:
     """What the controller keeps of an item until it is trained."""
 
-    summary: Summary
-    rollouts: ray.ObjectRef
-    attempts: int = 1
+    sampled: Sampled
     rewards: ray.ObjectRef | None = None
     values: Rewards | None = None
+
+    @property
+    def summary(self) -> Summary:
+        return self.sampled.summary
 
 
 @dataclass
@@ -86,89 +89,82 @@ class Controller:
         self._held: dict[int, _Held] = {}
         self._scoring: dict[ray.ObjectRef, int] = {}
         self._step: _Step | None = None
-        self._pulling: set[ray.ObjectRef] = set()
         self._last = time.perf_counter()
         self._began = time.time()
         self.spans: list[Span] = []  # what the processes did for the batches trained so far
 
     def run(self) -> None:
         """Returns when the last batch is trained and every generator has its weights."""
-        while not self._ledger.done or self._pulling:
+        while not (self._ledger.done and self._generators.settled):
+            self._ledger.pulled(self._generators.version)
             self._ledger.admit()
             self._dispatch()
             self._train()
-            self._restart_silent()
-            self._generators.heal()
-            for ref in self._ready():
+            self._publish_again()
+            self._sampled(self._generators.tend())
+            for ref in ready(self._pending()):
                 self._handle(ref)
 
-    def _ready(self) -> list[ray.ObjectRef]:
-        pending = [*self._generators.pending, *self._scoring, *self._pulling]
-        pending += self._step.waiting if self._step is not None else []
-        return ray.wait(pending, timeout=1.0)[0] if pending else []
+    def _pending(self) -> list[ray.ObjectRef]:
+        at_learner = self._step.waiting if self._step is not None else ()
+        return [*self._generators.pending, *self._scoring, *at_learner]
 
     def _dispatch(self) -> None:
         """One item at a time for a generator on-policy, where a sample must not depend on what else is under way; all
         there are otherwise, so that they fill each other's gaps."""
         depth = 1 if self._config.staleness == 0 else self._ledger.capacity
         for item in self._ledger.waiting():
-            worker = self._generators.free(depth)
-            if worker is None:
-                return
-            self._generators.submit(self._work(item), worker)
-            self._ledger.sampling(item, worker)
-
-    def _restart_silent(self) -> None:
-        for item in self._ledger.overdue(self._config.item_timeout):
-            worker = self._ledger.worker(item)
-            self._ledger.again(item)
-            self._generators.restart(worker)
+            worker = self._generators.free(item, depth)
+            if worker is not None:
+                self._generators.submit(self._work(item), worker)
+                self._ledger.sampling(item)
 
     def _handle(self, ref: ray.ObjectRef) -> None:
         if ref in self._scoring:
             self._scored(ref)
-        elif ref in self._pulling:
-            self._pulled(ref)
         elif self._step is not None and ref in self._step.waiting:
-            ray.get(ref)  # an error of one rank, while the others wait for it
+            try:
+                ray.get(ref)
+            except RayError as error:  # of one rank, while the others wait for it
+                raise rank_error(self._step.parts, error) from error
             self._step.waiting.discard(ref)
             if not self._step.waiting:
                 self._trained(self._step)
         else:
-            self._sampled(ref)
+            self._sampled(self._generators.take(ref))
 
-    def _sampled(self, ref: ray.ObjectRef) -> None:
-        worker, item, sampled = self._generators.finish(ref)
-        if not self._ledger.is_sampling(item.id, worker):
-            return  # run elsewhere since
-        if sampled is None:
-            self._ledger.again(item.id)
-            return
-        self._ledger.scoring(item.id)
-        self._held[item.id] = _Held(sampled.summary, sampled.rollouts)
-        self._scoring[self._reward(sampled.rollouts)] = item.id
+    def _sampled(self, outcomes: list[Outcome]) -> None:
+        for item, sampled in outcomes:
+            if sampled is None:
+                self._ledger.again(item.id)
+                continue
+            self._ledger.scoring(item.id)
+            self._held[item.id] = _Held(sampled)
+            self._scoring[self._reward(sampled.rollouts)] = item.id
 
     def _scored(self, ref: ray.ObjectRef) -> None:
         item = self._scoring.pop(ref)
         held = self._held[item]
         try:
             held.values = ray.get(ref)
-        except RayTaskError:  # a model's own error (NaN, too long) is the user's to see
-            raise
-        except RayActorError:
-            if held.attempts == REWARD_ATTEMPTS:
+        except RayError as error:
+            if not lost(error):  # a model's own error (NaN, too long) is the user's to see
                 raise
-            held.attempts += 1
-            self._scoring[self._reward(held.rollouts)] = item
+            self._again(item, short(error))
             return
         held.rewards = ref
         self._put(item)
         self._ledger.ready(item)
 
+    def _again(self, item: int, why: str) -> None:
+        """What was made of the item is lost."""
+        self._generators.lost(self._held.pop(item).sampled.item, why)
+        self._ledger.again(item)
+
     def _put(self, item: int) -> None:
         """Not waited for: the queue takes calls in order, and `lease` says what it misses."""
         held = self._held[item]
-        self._queue.put.remote(item, (held.rollouts, held.rewards))
+        self._queue.put.remote(item, (held.sampled.rollouts, held.rewards))
 
     def _train(self) -> None:
         batch = self._ledger.next_batch()
@@ -186,13 +182,32 @@ class Controller:
         weights = self._learner.weights()
         self._step = _Step(lease, batch, set(parts), parts, weights, coefficients)
 
+    def _publish_again(self) -> None:
+        """Weights that were lost; a learner at work publishes newer ones anyway."""
+        if self._generators.wants_weights and self._step is None:
+            self._generators.set_weights(self._learner.weights(), self._ledger.version)
+
+    def _untrained(self, step: _Step, why: dict[int, str]) -> None:
+        """Items of the batch are lost, by place; the others stay for when these are there again."""
+        gone = {step.batch[place]: words for place, words in why.items()}
+        self._queue.give_back.remote(step.lease.id, list(gone))
+        self._ledger.untrained(step.batch)
+        for item, words in gone.items():
+            self._again(item, words)
+        self._step = None
+
     def _trained(self, step: _Step) -> None:
         parts = ray.get(step.parts)
+        missed = [part for part in parts if isinstance(part, Lost)]
+        if missed:
+            assert len(missed) == len(parts), "a part of the ranks has trained"
+            self._untrained(step, {place: words for part in missed for place, words in part.why.items()})
+            return
         learned = time.perf_counter()
         self._queue.acknowledge.remote(step.lease.id)
         version = self._ledger.version
         self._ledger.trained(step.batch)
-        self._pulling |= set(self._generators.set_weights(step.weights, version + 1))
+        self._generators.set_weights(step.weights, version + 1)
         held = [self._held.pop(item) for item in step.batch]
         metrics = self._measured(step, parts, held, version, learned)
         self._step = None
@@ -222,14 +237,3 @@ class Controller:
         }
         self._last = now
         return self._metrics.step(metrics, [h.summary for h in held], [h.values for h in held])
-
-    def _pulled(self, ref: ray.ObjectRef) -> None:
-        self._pulling.discard(ref)
-        try:
-            ray.get(ref)
-        except RayTaskError:
-            raise
-        except RayActorError:
-            pass  # it pulls the current weights when it is back
-        if not self._pulling:
-            self._ledger.pulled(self._ledger.version)

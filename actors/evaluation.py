@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import ray
 
 from actors.artifacts import Artifacts
-from actors.generator import Sampled
+from actors.failures import Call
+from actors.generator_pool import Sampled
 from actors.reward_pool import RewardPool
 from actors.roles import Roles
 from actors.work import work_items
@@ -66,7 +67,7 @@ class Evaluation:
         self._roles.generators.load(str(self._artifacts.align_path / "policy"))
         sampled = self._sample("evaluate aligned", self._config.evaluate.samples, progress)
         self._roles.generators.load(self._artifacts.policy_path)
-        logprobs = self._roles.generators.logprobs([s.rollouts for s in sampled])
+        logprobs = self._roles.generators.logprobs(sampled)
         after = self._measure(sampled)
         after = replace(
             after,
@@ -83,7 +84,7 @@ class Evaluation:
         c = self._config
         items = work_items(self._prompts, c.rollout.prompts_per_item, samples, c.seed, purpose)
         found = []
-        for sampled in self._roles.generators.sample(items):
+        for sampled in self._roles.generators.sample(items, lambda s: s.rollouts):
             found.append(sampled)
             self._done += 1
             progress.update(self._done, purpose)
@@ -131,8 +132,9 @@ class Evaluation:
         model = self._config.evaluators[name]
         contents = [p.content for p in self._prompts]
         for i, canned in enumerate(model.canned if rule.kind == "canned" else []):
-            rewards = self._roles.evaluators.canned(name, contents, [canned] * len(contents))
-            statistics.add_canned(name, self._ids, ray.get(rewards), i)
+            score = partial(self._roles.evaluators.canned, name, contents, [canned] * len(contents))
+            rewards = Call(f"scoring of evaluators.{name}.canned", score).result()
+            statistics.add_canned(name, self._ids, rewards, i)
         if rule.kind == "column":
             values = [float(p.meta[str(model.column)]) for p in self._prompts]
             statistics.add_column(name, self._ids, np.array(values, np.float32))
@@ -142,12 +144,14 @@ def _scores(
     pool: RewardPool, models: Mapping[str, RewardModelConfig], sampled: list[Sampled], prompts: int
 ) -> dict[str, np.ndarray]:
     """Raw rewards by model, float32 [prompts, n]."""
-    raw = np.concatenate(ray.get([pool.raw(s.rollouts) for s in sampled]))
+    calls = [Call(f"scoring of evaluation item {s.item.id}", partial(pool.raw, s.rollouts)) for s in sampled]
+    raw = np.concatenate([call.result() for call in calls])
     return {name: raw[:, i].reshape(prompts, -1) for i, name in enumerate(models)}
 
 
 def _rollouts(sampled: list[Sampled]) -> list[Rollouts]:
-    return ray.get([s.rollouts for s in sampled])
+    """Fetched as each was sampled; from then on a lost node takes one of two copies at most."""
+    return [s.used for s in sampled]
 
 
 def _log_ratio(rollouts: list[Rollouts], reference: list[np.ndarray]) -> np.ndarray:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -19,24 +18,34 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from actors.errors import told
 from actors.session import Session
-from actors.sweep import Sweep, reason
+from actors.signals import Ended, deaf, end_by_signals, leave
+from actors.sweep import Sweep
 from rlhf.config import Config
 from rlhf.config_checks import typed
 
+CONFIGURATION = Path(__file__).resolve().parents[1] / "conf"
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a submitted job
 
 
 def main() -> None:
-    """The console script. Exits with 1 and one line on a user's error."""
+    """The console script. A user's error ends it with status 1 and one line; SIGTERM with 143, SIGINT with 130."""
     os.environ.setdefault("RLHF_OUTPUT_DIR", _default_output())
-    signal.signal(
-        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
-    )  # ends what was started, then exits
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and prints none
+    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"  # it replaces ours, and aborts on SIGTERM
+    OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # for conf/config.yaml
+    end_by_signals()
     try:
         _run()
         if Sweep.current is not None:
             Sweep.current.finish()
+    except Ended as ended:
+        deaf()
+        Sweep.close(exiting=True)
+        leave(ended.number)
+    except Exception as error:
+        sys.exit(told(error))
     finally:
         Sweep.close()
 
@@ -46,7 +55,8 @@ def _default_output() -> str:
     return str(Path.home() / "rlhf-outputs") if IN_JOB in os.environ else "outputs"
 
 
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="config")
+# By place: as a package, `conf` would be a folder of that name where the command is called.
+@hydra.main(version_base=None, config_path=str(CONFIGURATION), config_name="config")
 def _run(values: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir).absolute()
     session = Session()
@@ -56,8 +66,12 @@ def _run(values: DictConfig) -> None:
             run(config, folder, OmegaConf.to_yaml(values, resolve=True), session)
         else:
             Sweep.current.job(config, folder, OmegaConf.to_yaml(values, resolve=True), run)
-    except ValueError as error:
-        sys.exit(f"error: {reason(error)}")
+    except Exception as error:  # here, where Ray is still there to read it; Hydra would add words of its own
+        sys.exit(told(error))
+    except Ended:
+        deaf()
+        session.stop(exiting=True)
+        raise
     finally:
         session.stop()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.failures import fetched, of_ranks, short, tell_if_late
 from actors.resources import actor_options, keep_memory, set_threads
 from rlhf.config import DeepSpeedConfig, RoleConfig, TrainingConfig
 from rlhf.timeline import Recorder, Span
@@ -31,6 +32,19 @@ class Coefficients:
     kl: float
     learning_rate: float
     critic_learning_rate: float
+    step: int  # from 0
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What a rank misses of a batch that was not trained on."""
+
+    why: dict[int, str]  # by place in the batch, the error
+
+    @classmethod
+    def of(cls, pairs: list[tuple[Any, Any]]) -> Lost:
+        errors = [(i, v) for i, pair in enumerate(pairs) for v in pair if isinstance(v, BaseException)]
+        return cls({i: short(error) for i, error in errors})
 
 
 class LearnerRank:
@@ -75,16 +89,18 @@ class LearnerRank:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
 
-    def load(self, task: Task, weight_decay: float, max_grad_norm: float) -> None:
+    def load(self, task: Task, weight_decay: float, max_grad_norm: float) -> list[str]:
+        """What to tell of how the model is computed."""
         model, objective = task.build(self._device)
         self.trainer = self._trainer(model, weight_decay, max_grad_norm)
         self.trainer.objective = objective
+        return model.notes
 
-    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> bool:
+    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> list[str]:
         make = partial(self._trainer, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.aligner = task.start(self._device, make)
         self.trainer, self._weights = self.aligner.policy, None
-        return self.aligner.shares_prompts
+        return self.aligner.notes
 
     @property
     def _device(self) -> str:
@@ -106,24 +122,40 @@ class LearnerRank:
             self.trainer.step(
                 (data, batch_indices(len(data), training.batch_size, step, seed)),
                 learning_rate(step, training),
+                step,
             )
             for step in range(start, stop)
         ]
 
     def align(
         self, batch: list[tuple[Any, Any]], coefficients: Coefficients
-    ) -> tuple[dict[str, float], tuple[Span, ...]]:
-        """Trains on a leased batch of (rollouts reference, rewards reference); metrics, and what was done when."""
-        rollouts, rewards = ray.get([a for a, _ in batch]), ray.get([b for _, b in batch])
-        experiences = [Experience(a, b) for a, b in zip(rollouts, rewards, strict=True)]
+    ) -> tuple[dict[str, float], tuple[Span, ...]] | Lost:
+        """Trains on a leased batch of (rollouts reference, rewards reference); metrics, and what was done when.
+
+        When a rank cannot fetch an item no rank trains, and each says what it misses: a collective that only some of
+        them enter would never end.
+        """
+        found = fetched([reference for pair in batch for reference in pair])
+        pairs = list(zip(found[::2], found[1::2], strict=True))
+        missed = Lost.of(pairs)
+        if self._any(bool(missed.why)):
+            return missed
+        experiences = [Experience(a, b) for a, b in pairs]
         metrics = self.aligner.step(
             experiences,
             coefficients.kl,
             coefficients.learning_rate,
             coefficients.critic_learning_rate,
             self._recorder.span,
+            coefficients.step,
         )
         return metrics, self._recorder.take()
+
+    def _any(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        import torch
+
+        return bool(self.trainer.over_ranks(torch.tensor([float(here)])))
 
     def weights(self) -> Any:
         """Ray copies what is returned, so the memory serves again: fresh pages cost more than the copy."""
@@ -148,27 +180,32 @@ class LearnerGroup:
 
     def _join(self) -> None:
         """Makes the ranks' process group; not at once, because they take seconds to start."""
-        address, free = ray.get([self.ranks[0].address.remote(), self.ranks[0].free_port.remote()])
-        ray.get([rank.join.remote(address, self._port or free) for rank in self.ranks])
+        starting = [rank.address.remote() for rank in self.ranks]
+        tell_if_late(starting, "learner ranks", "have not started")
+        address, *_ = of_ranks(starting)
+        free, *_ = of_ranks([rank.free_port.remote() for rank in self.ranks])
+        of_ranks([rank.join.remote(address, self._port or free) for rank in self.ranks])
         self._joined = True
 
-    def load(self, task: Task, weight_decay: float, max_grad_norm: float = 1.0) -> None:
+    def load(self, task: Task, weight_decay: float, max_grad_norm: float = 1.0) -> list[str]:
+        """What to tell of how the model is computed: the same on every rank."""
         if not self._joined:
             self._join()
-        ray.get([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
+        notes, *_ = of_ranks([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
+        return notes
 
-    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> bool:
-        """Whether the policy's passes share prompts."""
+    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> list[str]:
+        """As `load`, of the policy, the reference and the critic."""
         if not self._joined:
             self._join()
-        return all(
-            ray.get([rank.load_policy.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
-        )
+        loading = [rank.load_policy.remote(task, weight_decay, max_grad_norm) for rank in self.ranks]
+        notes, *_ = of_ranks(loading)
+        return notes
 
     def fit(
         self, data: ray.ObjectRef, training: TrainingConfig, seed: int, start: int, stop: int
     ) -> list[dict]:
-        parts = ray.get([rank.fit.remote(data, training, seed, start, stop) for rank in self.ranks])
+        parts = of_ranks([rank.fit.remote(data, training, seed, start, stop) for rank in self.ranks])
         return [merged(step) for step in zip(*parts, strict=True)]
 
     def align(self, batch: list[tuple], coefficients: Coefficients) -> list[ray.ObjectRef]:
@@ -181,7 +218,7 @@ class LearnerGroup:
         return first
 
     def save(self, path: Path) -> None:
-        ray.get([rank.save.remote(str(path)) for rank in self.ranks])
+        of_ranks([rank.save.remote(str(path)) for rank in self.ranks])
 
     def stop(self) -> None:
         for rank in self.ranks:

@@ -29,7 +29,8 @@ class StepMetrics:
 
     def coefficients(self, step: int) -> Coefficients:
         kl, learning_rate, critic = (float(schedule.update(step)) for schedule in self._schedules)
-        return Coefficients(kl * (self._control.factor if self._control else 1.0), learning_rate, critic)
+        factor = self._control.factor if self._control else 1.0
+        return Coefficients(kl * factor, learning_rate, critic, step)
 
     def step(
         self, learner: dict[str, float], summaries: Sequence[Summary], rewards: Sequence[Rewards | None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from actors.resources import check_machine
 from rlhf.config import Config, RewardModelConfig
@@ -48,7 +49,9 @@ def _check_names(config: Config, data: RunData) -> None:
 def _check_policy(config: Config, data: RunData) -> None:
     from rlhf.data.chat import ChatFormat
     from rlhf.data.demonstrations import load_demonstrations
-    from rlhf.models.load import load_tokenizer, max_positions, policy_config, start_config
+    from rlhf.data.rows import at
+    from rlhf.models.load import load_tokenizer, policy_config, start_config
+    from rlhf.models.reach import Reach
 
     policy, critic = config.policy, config.algorithm.critic
     if policy.path is None and config.data.demonstrations is not None:
@@ -59,19 +62,24 @@ def _check_policy(config: Config, data: RunData) -> None:
         _tell(critic.init_from, "algorithm.critic.init_from")
     if path is None:
         return
-    limit = max_positions(policy_config(path, key))
+    found = policy_config(path, key)
+    reach = Reach.of(found)
     _tell(path, key)
     if critic is not None and critic.init_from is None:
         start_config(path, key)
     chat = ChatFormat(load_tokenizer(path, key), "policy", policy.chat_template)
     prompts = [*data.prompts, *data.eval_prompts]
-    lengths = [len(chat.prompt_tokens(p.content)) for p in prompts]
-    check_lengths(prompts, lengths, config.rollout.max_new_tokens, limit)
+    lengths = []
+    for prompt in prompts:
+        with at(prompt.source):
+            lengths.append(len(chat.prompt_tokens(prompt.content)))
+    check_lengths(prompts, lengths, config.rollout.max_new_tokens, reach)
+    chat.check_table(found, [p.content for p in prompts])
 
 
 def _check_reward_models(config: Config, data: RunData) -> None:
     from rlhf.data.preferences import load_preferences
-    from rlhf.models.load import max_positions, reward_config, start_config
+    from rlhf.models.load import reward_config, start_config
 
     policy = config.policy
     base, base_key = (policy.path, "policy.path") if policy.path else (policy.init_from, "policy.init_from")
@@ -82,7 +90,7 @@ def _check_reward_models(config: Config, data: RunData) -> None:
             key = f"{group}.{name}.{key}"
             found = (reward_config if model.path is not None else start_config)(path, key)
             _tell(path, key)
-            _check_conversations(name, model, path, key, max_positions(found), data)
+            _check_conversations(name, model, path, key, found, data)
         elif base is not None:
             start_config(base, base_key)
         if model.path is None and model.preferences is not None:
@@ -90,15 +98,20 @@ def _check_reward_models(config: Config, data: RunData) -> None:
 
 
 def _check_conversations(
-    name: str, model: RewardModelConfig, path: str, key: str, limit: int | None, data: RunData
+    name: str, model: RewardModelConfig, path: str, key: str, found: Any, data: RunData
 ) -> None:
     """Every prompt must leave the model room for a response, of one word at least."""
     from rlhf.data.chat import ChatFormat
+    from rlhf.data.rows import at
     from rlhf.models.load import load_tokenizer
+    from rlhf.models.reach import max_positions
 
     chat = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", model.chat_template)
-    for prompt in [*data.prompts, *data.eval_prompts]:
-        tokens = len(chat.conversation_tokens(prompt.content, "A"))
+    limit, prompts = max_positions(found), [*data.prompts, *data.eval_prompts]
+    chat.check_table(found, [p.content for p in prompts])
+    for prompt in prompts:
+        with at(prompt.source):
+            tokens = len(chat.conversation_tokens(prompt.content, "A"))
         if limit is not None and tokens > limit:
             raise ValueError(
                 f"{prompt.source}: the prompt and a response of one word are {tokens} tokens, but the reward model "

@@ -32,8 +32,9 @@ class ExperienceQueue:
         with suppress(KeyError):  # a lease of before a restart: its items are not here either
             self._queue.acknowledge(lease)
 
-    def give_back(self, lease: int) -> None:
-        self._queue.give_back(lease)
+    def give_back(self, lease: int, lost: Sequence[int]) -> None:
+        with suppress(KeyError):  # as above
+            self._queue.give_back(lease, lost)
 
 
 def start_queue() -> Any:

@@ -8,6 +8,7 @@ import socket
 import sys
 from typing import Any
 
+from actors.address import check_form, given_address
 from rlhf.config import Config, RoleConfig
 
 
@@ -61,10 +62,14 @@ def check_machine(config: Config) -> None:
     """What can be known before Ray starts.
 
     Raises:
-        ValueError: more learner ranks or CPUs than there are here, or a port in use; it names the key and the number.
+        ValueError: more learner ranks or CPUs than there are here, a port in use, or an address that is none; it names
+            the key and the number.
     """
     resources = config.resources
-    if resources.address is None and "RAY_ADDRESS" not in os.environ:
+    given = given_address(resources)
+    if given is not None:
+        check_form(*given)
+    else:
         here = len(os.sched_getaffinity(0))
         ranks = resources.learner.count
         if ranks > here:

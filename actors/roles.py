@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
 from actors.artifacts import Artifacts
 from actors.baseline import Baseline
-from actors.generator import GeneratorPool
+from actors.generator_pool import GeneratorPool
 from actors.learner import LearnerGroup
 from actors.reward_pool import RewardPool
 from actors.session import Session
@@ -46,7 +46,7 @@ class Roles:
     @property
     def generators(self) -> GeneratorPool:
         c = self.config
-        parts = (c.rollout, c.policy.chat_template, c.resources.generators)
+        parts = (c.rollout, c.policy.chat_template, c.resources.generators, c.align.item_timeout)
         return self._role("generators", parts, lambda: GeneratorPool(*parts))
 
     @property
@@ -75,7 +75,13 @@ class Roles:
     @contextmanager
     def start_beside(self, role: str) -> Iterator[None]:
         """Starts a role in the background while the block runs; it is there after the block."""
-        with ThreadPoolExecutor(1) as background:
-            future = background.submit(getattr, self, role)
+        background = ThreadPoolExecutor(1)
+        future = background.submit(getattr, self, role)
+        try:
             yield
             future.result()
+        except Exception:
+            wait([future])  # what it starts is then there to be ended
+            raise
+        finally:
+            background.shutdown(wait=False)

@@ -55,11 +55,15 @@ class Session:
             role.stop()
         self._roles = {}
 
-    def stop(self) -> None:
-        """Ends what was started: on a cluster that was there, its roles; else Ray itself."""
-        if self._starting is not None and self._starting.exception() is None:
-            if not self.cluster.own:
+    def stop(self, exiting: bool = False) -> None:
+        """Ends what was started: on a cluster that was there, its roles; else Ray itself. A process that is `exiting`
+        at once waits for no Ray of its own, which may still be starting: that ends with the process."""
+        starting, self._starting = self._starting, None
+        if starting is not None and (starting.done() or not exiting) and starting.exception() is None:
+            cluster = starting.result()
+            if not cluster.own:
                 self.release()
-            self.cluster.stop()
-        self._starting, self._roles = None, {}
-        self._background.shutdown()
+            if not exiting:
+                cluster.stop()
+        self._roles = {}
+        self._background.shutdown(wait=not exiting)

@@ -25,7 +25,7 @@ from actors.roles import Roles
 from actors.work import seed_of
 from rlhf import timeline
 from rlhf.config import STAGES, Config, RewardModelConfig, TrainingConfig
-from rlhf.data.prepare import RunData, demonstrations_source, evaluator_source, preferences_source
+from rlhf.data.prepare import RunData, Sources, demonstrations_source, evaluator_source, preferences_source
 from rlhf.learn.tasks import AlignTask, BradleyTerryTask, SupervisedTask, Task, batch_indices, save_tokenizer
 from rlhf.logs import MetricsWriter
 from rlhf.progress import View
@@ -107,7 +107,7 @@ class Job:
             self._reward_model(f"evaluators.{name}", model, made, source, seed)
 
     def _reward_model(
-        self, key: str, model: RewardModelConfig, made: str, source: Callable[[], str], seed: int
+        self, key: str, model: RewardModelConfig, made: str, source: Callable[[], Sources], seed: int
     ) -> None:
         from rlhf.learn.tokenise import preference_tokens
 
@@ -159,7 +159,7 @@ class Job:
             self.view.line(f"baseline: {found['samples_saved']} samples saved by the tolerance")
 
         def fill(folder: Path) -> None:
-            ray.get(self.roles.baseline.actor.save.remote(str(folder / "statistics.npz")))
+            self.roles.baseline.ask("save", str(folder / "statistics.npz"))
             write_atomic(folder / "summary.json", json.dumps(found, indent=1))
 
         self.store.make("baseline", self.artifacts.baseline_name, fill)
@@ -179,15 +179,15 @@ class Job:
             seed=c.seed,
         )
         with self.view.stage("align", c.align.steps) as progress:
-            ray.get(self.roles.baseline.actor.load.remote(str(self.artifacts.statistics_path)))
-            if not self.roles.learner.load_policy(task, c.align.weight_decay, c.align.max_grad_norm):
-                self.view.line(
-                    "align: the attention of the policy or its critic cannot be replaced: prompts are computed for "
-                    "each response, and rows are padded"
-                )
+            self.roles.baseline.ask("load", str(self.artifacts.statistics_path))
+            notes = self.roles.learner.load_policy(task, c.align.weight_decay, c.align.max_grad_norm)
             self.roles.generators.load(self.artifacts.policy_path)
+            notes = list(dict.fromkeys([*notes, *self.roles.generators.notes, *self.roles.rewards.notes]))
+            for note in notes:
+                self.view.line(note)
 
             def fill(folder: Path) -> None:
+                write_atomic(folder / "notes.json", json.dumps(notes, indent=1))
                 writer = MetricsWriter(folder, c.logging.tensorboard)
 
                 def on_step(metrics: dict[str, float]) -> None:

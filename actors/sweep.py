@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,21 +11,10 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from actors.errors import reason, told
 from actors.session import Session
 from rlhf.config import Config
-
-
-def reason(error: BaseException) -> str:
-    """A user's error in one line; of an error in an actor, the actor and its own words."""
-    from ray.exceptions import RayTaskError
-
-    if isinstance(error, RayTaskError):
-        where = error.function_name
-        cause: BaseException = error.cause
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
-        return f"{cause} (in {where})"
-    return str(error)
+from rlhf.store import check_writable
 
 
 class Sweep(Callback):
@@ -35,7 +23,11 @@ class Sweep(Callback):
 
     current: ClassVar[Sweep | None] = None
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _check_output(config)
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _check_output(config)
         self._session, self._started = Session(), time.perf_counter()
         self._cells: list[tuple[Config, float, str | None]] = []
         self._folder = Path(config.hydra.sweep.dir).absolute()
@@ -47,18 +39,15 @@ class Sweep(Callback):
         started, failed = time.perf_counter(), None
         try:
             run(config, folder, resolved, self._session)
-        except ValueError as error:
-            if config.study is None:
-                raise
+        except Exception as error:  # Hydra would go on with the next job
             failed = reason(error)
+            if config.study is None or failed is None:
+                sys.exit(f"{told(error)} (job {folder.name} of the sweep; what was done before it is kept)")
             self._session.release()  # a failed run may have left work in its processes
             self._failed.append(
                 f"{config.study.arm}, point {config.study.point}, seed {config.seed}: {failed}"
             )
             sys.stderr.write(f"failed: {self._failed[-1]}\n")
-        except Exception:  # Hydra would go on with the next job
-            traceback.print_exc()
-            sys.exit(f"error: job {folder.name} of the sweep failed; what was done before it is kept")
         if config.study is not None:
             self._cells.append((config, time.perf_counter() - started, failed))
 
@@ -68,17 +57,22 @@ class Sweep(Callback):
         if self._cells:
             from actors.study import compare_cells
 
-            try:
-                summary = compare_cells(self._cells, self._folder, time.perf_counter() - self._started)
-            except ValueError as error:
-                sys.exit(f"error: {error}")
+            summary = compare_cells(self._cells, self._folder, time.perf_counter() - self._started)
             sys.stdout.write(summary + f"\n{self._folder}/comparison.html\n")
         if self._failed:
             sys.exit(f"error: {len(self._failed)} cells failed: {'; '.join(self._failed)}")
 
     @classmethod
-    def close(cls) -> None:
-        """Ends the sweep's processes, if there are any left."""
+    def close(cls, exiting: bool = False) -> None:
+        """Ends the sweep's processes, if there are any left (`Session.stop`)."""
         if cls.current is not None:
-            cls.current._session.stop()
+            cls.current._session.stop(exiting)
             cls.current = None
+
+
+def _check_output(config: DictConfig) -> None:
+    """Before Hydra makes its folder there; it turns errors of callbacks into warnings, but for exits."""
+    try:
+        check_writable("output_dir", str(config.output_dir or ""))
+    except ValueError as error:
+        sys.exit(told(error))

@@ -25,17 +25,18 @@ class SleepingGenerator:
         self._seconds, self._number = seconds, number
         self._lock = asyncio.Lock()
 
-    def ping(self) -> str:
-        return "pong"
+    def ping(self) -> None:
+        """It is there."""
 
-    def apply(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        return func(self, *args, **kwargs)
+    def progress(self) -> int:
+        return time.monotonic_ns()
 
     async def load(self, policy: str) -> None:
         """There is no policy."""
 
-    async def set_weights(self, weights: Any, version: int) -> None:
+    async def set_weights(self, weights: Any, version: int) -> bool:
         self._version = version
+        return True
 
     async def generate(self, item: Any) -> Any:
         from actors.generator import Summary
@@ -79,7 +80,7 @@ def measure(generators: int, seconds: float) -> dict[str, float]:
     from hydra import compose, initialize_config_module
 
     from actors.controller import Controller
-    from actors.generator import GeneratorPool
+    from actors.generator_pool import GeneratorPool
     from actors.metrics import StepMetrics
     from actors.queue import start_queue
     from rlhf.config import RoleConfig
@@ -89,7 +90,7 @@ def measure(generators: int, seconds: float) -> dict[str, float]:
     overrides = [f"align.steps={STEPS}", "align.staleness=1", "align.kl_coef=0.1", "align.learning_rate=0.0"]
     with initialize_config_module("conf", version_base=None):
         config = typed(compose("config", overrides=overrides))
-    pool = GeneratorPool(seconds, None, RoleConfig(generators, 0.0, 0.0), SleepingGenerator)
+    pool = GeneratorPool(seconds, None, RoleConfig(generators, 0.0, 0.0), 600.0, SleepingGenerator)
     pool.load("")
     other = ray.remote(Other).options(num_cpus=0).remote()
     stamps: list[tuple[float, float]] = []

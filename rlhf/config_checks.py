@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.config import STAGES, Config, RewardModelConfig
+from rlhf.config_numbers import check_ranges
 from rlhf.utility.kinds import check_utility
 
 DTYPES = ("float32", "bfloat16", "auto")
@@ -36,6 +37,7 @@ def typed(values: DictConfig) -> Config:
 def check(config: Config) -> None:
     """Refuses impossible values and combinations; each message names the key."""
     _check_names(config)
+    check_ranges(config)
     _check_numbers(config)
     _check_inputs(config)
 
@@ -51,6 +53,7 @@ def _all_models(config: Config) -> list[tuple[str, RewardModelConfig]]:
 
 
 def _check_names(config: Config) -> None:
+    _refuse(not config.stages, f"stages is empty: give some of {', '.join(STAGES)}")
     for stage in config.stages:
         _refuse(stage not in STAGES, f"stages: '{stage}' is not one of {', '.join(STAGES)}")
     choices = {
@@ -84,31 +87,6 @@ def _check_names(config: Config) -> None:
 
 def _check_numbers(config: Config) -> None:
     align, resources = config.align, config.resources
-    positive = {
-        "align.steps": align.steps,
-        "align.prompts_per_step": align.prompts_per_step,
-        "align.item_timeout": align.item_timeout,
-        "baseline.samples": config.baseline.samples,
-        "baseline.exact": config.baseline.exact,
-        "evaluate.samples": config.evaluate.samples,
-        "evaluate.judge_samples": config.evaluate.judge_samples,
-        "rollout.max_new_tokens": config.rollout.max_new_tokens,
-        "rollout.temperature": config.rollout.temperature,
-        "rollout.slots": config.rollout.slots,
-        "rollout.prompts_per_item": config.rollout.prompts_per_item,
-        "data.eval_size": config.data.eval_size,
-        "deepspeed.micro_batch_tokens": config.deepspeed.micro_batch_tokens,
-        "algorithm.importance_cap": config.algorithm.importance_cap,
-        "algorithm.epochs": config.algorithm.epochs,
-        "algorithm.minibatches": config.algorithm.minibatches,
-        "algorithm.kl_horizon": config.algorithm.kl_horizon,
-        "resources.generators.count": resources.generators.count,
-        "resources.learner.count": resources.learner.count,
-        "resources.reward.count": resources.reward.count,
-    }
-    for key, number in positive.items():
-        _refuse(not number > 0, f"{key}={number} must be above 0")
-    _refuse(align.staleness < 0, f"align.staleness={align.staleness} must be 0 or more")
     _check_algorithm(config)
     _check_baseline(config)
     _refuse(
@@ -116,19 +94,27 @@ def _check_numbers(config: Config) -> None:
         f"align.prompts_per_step={align.prompts_per_step} must be a multiple of "
         f"rollout.prompts_per_item={config.rollout.prompts_per_item}",
     )
-    level = config.evaluate.level
-    _refuse(not 0 < level < 1, f"evaluate.level={level} must be within (0, 1)")
     for n in config.evaluate.best_of:
         _refuse(
-            not 2 <= n <= config.evaluate.samples,
-            f"evaluate.best_of has {n}, which must be within 2 and evaluate.samples={config.evaluate.samples}; "
+            n > config.evaluate.samples,
+            f"evaluate.best_of has {n}, which must be at most evaluate.samples={config.evaluate.samples}; "
             "set it to [] for none",
         )
-    share = config.data.tolerated_share
-    _refuse(not 0 <= share < 1, f"data.tolerated_share={share} must be within [0, 1)")
+    _refuse(config.data.tolerated_share == 1, "data.tolerated_share=1 would leave no row: it must be below 1")
     for key in ("kl_coef", "learning_rate"):
-        schedule_values = _schedule_values(f"align.{key}", getattr(align, key))
-        _refuse(min(schedule_values) < 0, f"align.{key} must not be negative")
+        _check_schedule(f"align.{key}", getattr(align, key))
+    policy, shape = config.policy, config.policy.architecture
+    if policy.path is None and policy.init_from is None:
+        _refuse(
+            shape.hidden_size % (2 * shape.heads) != 0,
+            f"policy.architecture.hidden_size={shape.hidden_size} must be an even multiple of "
+            f"policy.architecture.heads={shape.heads}",
+        )
+        _refuse(
+            shape.max_positions <= config.rollout.max_new_tokens,
+            f"policy.architecture.max_positions={shape.max_positions} leaves no room for a prompt beside "
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens}",
+        )
     _refuse(
         resources.max_reward_replicas is not None and resources.max_reward_replicas < resources.reward.count,
         f"resources.max_reward_replicas={resources.max_reward_replicas} is below "
@@ -150,12 +136,6 @@ def _check_algorithm(config: Config) -> None:
         f"algorithm.minibatches={algorithm.minibatches} is more than the {share} prompts of each learner rank "
         "(align.prompts_per_step / resources.learner.count)",
     )
-    for key in ("clip_low", "clip_high", "kl_target"):
-        value = getattr(algorithm, key)
-        _refuse(value is not None and not value > 0, f"algorithm.{key}={value} must be above 0, or null")
-    _refuse(
-        algorithm.entropy_coef < 0, f"algorithm.entropy_coef={algorithm.entropy_coef} must not be negative"
-    )
     _refuse(
         algorithm.kl == "loss" and algorithm.kl_estimator == "k1",
         "algorithm.kl_estimator=k1 has no effect with algorithm.kl=loss (the expectation of its gradient is 0); "
@@ -172,25 +152,12 @@ def _check_algorithm(config: Config) -> None:
         f"algorithm.critic is for algorithm.advantage=gae, not {algorithm.advantage}; set it to null",
     )
     if critic is not None:
-        _refuse(not 0 <= critic.trace <= 1, f"algorithm.critic.trace={critic.trace} must be within [0, 1]")
-        _refuse(
-            critic.clip is not None and not critic.clip > 0,
-            f"algorithm.critic.clip={critic.clip} must be above 0, or null",
-        )
-        rates = _schedule_values("algorithm.critic.learning_rate", critic.learning_rate)
-        _refuse(min(rates) < 0, "algorithm.critic.learning_rate must not be negative")
-    lora = config.policy.lora
-    if lora is not None:
-        _refuse(lora.rank < 1, f"policy.lora.rank={lora.rank} must be 1 or more")
+        _check_schedule("algorithm.critic.learning_rate", critic.learning_rate)
 
 
 def _check_baseline(config: Config) -> None:
     baseline = config.baseline
-    _refuse(not 0 < baseline.level < 1, f"baseline.level={baseline.level} must be within (0, 1)")
     if baseline.tolerance is not None:
-        _refuse(
-            not baseline.tolerance > 0, f"baseline.tolerance={baseline.tolerance} must be above 0, or null"
-        )
         _refuse(
             baseline.max_samples < baseline.samples,
             f"baseline.max_samples={baseline.max_samples} is below baseline.samples={baseline.samples}",
@@ -206,25 +173,43 @@ def _check_baseline(config: Config) -> None:
     )
 
 
-def _schedule_values(key: str, schedule: Any) -> list[float]:
-    number = (int, float)
-    if isinstance(schedule, number) and not isinstance(schedule, bool):
-        return [float(schedule)]
+def _check_schedule(key: str, schedule: Any) -> None:
+    """Of its form; its values are in the table of ranges."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    if number(schedule):
+        return
     pairs = isinstance(schedule, list) and all(
-        isinstance(p, list) and len(p) == 2 and all(isinstance(v, number) for v in p) for p in schedule
+        isinstance(p, list) and len(p) == 2 and all(number(v) for v in p) for p in schedule
     )
     _refuse(not pairs or not schedule, f"{key} must be a number or [[step, value], ...], not {schedule}")
     steps = [p[0] for p in schedule]
     ordered = steps[0] == 0 and all(a < b for a, b in itertools.pairwise(steps))
     _refuse(not ordered, f"{key}: the steps of a schedule begin at 0 and rise, not {steps}")
-    return [float(p[1]) for p in schedule]
+
+
+def _check_sources(config: Config) -> None:
+    data = config.data
+    given = {f"data.{key}": getattr(data, key) for key in ("prompts", "eval_prompts", "demonstrations")}
+    given |= {f"{key}.preferences": model.preferences for key, model in _all_models(config)}
+    for key, value in given.items():
+        parts = value if isinstance(value, list) else [value]
+        _refuse(
+            value is not None and not (parts and all(isinstance(part, str) and part for part in parts)),
+            f"{key}={value!r} must be a file, a folder, a hub name or a pattern, or a list of these",
+        )
 
 
 def _check_inputs(config: Config) -> None:
     data, policy, models = config.data, config.policy, config.reward_models
     _refuse(not models, "reward_models is empty: give at least one")
+    _check_sources(config)
     if data.microcosm is None:
-        _refuse(data.prompts is None, "data.prompts is missing: give a JSONL or Parquet file, or a hub name")
+        _refuse(
+            data.prompts is None, "data.prompts is missing: give a JSONL, CSV or Parquet file, or a hub name"
+        )
         _refuse(
             data.judge is not None, f"data.judge={data.judge} needs the microcosm's prompts (data=microcosm)"
         )
@@ -255,6 +240,11 @@ def _check_inputs(config: Config) -> None:
             model.reference == "canned" and not model.canned,
             f"{key}.reference=canned needs {key}.canned, a list of responses",
         )
+        for text in model.canned:
+            _refuse(
+                any("\ud800" <= character <= "\udfff" for character in text),
+                f"{key}.canned: {text!r} holds half of a surrogate pair, which is no character",
+            )
         _refuse(
             model.reference == "column" and model.column is None,
             f"{key}.reference=column needs {key}.column, a column of the prompts' data set",

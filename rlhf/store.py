@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,11 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"no fingerprint for {type(value)}")
 
 
-def source_fingerprint(source: str) -> str:
-    """Of a file or folder its content, of an adapter's also its base's; of anything else (a hub name) the name."""
+def source_fingerprint(source: str | Sequence[str]) -> str:
+    """Of a file or folder its content, of an adapter's also its base's; of anything else (a hub name) the name; of
+    several sources all of them."""
+    if not isinstance(source, str):
+        return fingerprint([source_fingerprint(one) for one in source])
     path = Path(source).expanduser()
     if not path.exists():
         return fingerprint(source)
@@ -71,20 +76,52 @@ class Store:
         return self.folder(stage, name).is_dir()
 
     def make(self, stage: str, name: str, fill: Callable[[Path], Any]) -> Path:
-        """Makes a folder by `fill(empty folder)`."""
+        """Makes a folder by `fill(empty folder)`. Of two jobs that make the same, the first to end has its place, which
+        others may read by then; what the second made is left out."""
         final = self.folder(stage, name)
-        beside = final.with_name(f".{name}.{os.getpid()}")
-        shutil.rmtree(beside, ignore_errors=True)
+        beside = _beside(final)
         beside.mkdir(parents=True)
-        fill(beside)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
+        try:
+            fill(beside)
+            try:
+                os.rename(beside, final)
+            except OSError:
+                if not final.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
         return final
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same folder that nobody else takes, on this machine or another."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+
+
+def check_writable(key: str, folder: str) -> None:
+    """Refuses a folder in which nothing can be written; makes it if it is not there.
+
+    Raises:
+        ValueError: names the key and what the system says.
+    """
+    if not folder.strip():
+        raise ValueError(f"{key} is empty: give a folder")
+    try:
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home
+        said = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, FileExistsError):
+            said = "a file has that name"
+        raise ValueError(f"{key}={folder}: {said}; give a folder that can be written") from None
 
 
 def write_atomic(path: Path, text: str) -> None:
     """Writes beside, to the disk, and renames: a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = _beside(path)
     with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -94,8 +131,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 def link(path: Path, target: Path) -> None:
     """Points `path` at `target` by a relative symbolic link, replacing an older one at once."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.unlink(missing_ok=True)
+    beside = _beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside.symlink_to(os.path.relpath(target, path.parent))
     os.replace(beside, path)

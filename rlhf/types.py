@@ -17,21 +17,27 @@ import numpy as np
 
 from rlhf.timeline import Span
 
-Message = Mapping[str, str]
-"""One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
+Message = Mapping[str, Any]
+"""One turn of a conversation: {"role": "system" | "developer" | "user" | "assistant" | "tool", "content": text}, and
+whatever else templates read, as JSON can hold it: "tool_calls" (the content may then be None or absent), "name", ..."""
 
 Content = str | Sequence[Message]
-"""What a prompt says: plain text (TRL's standard format) or messages (its conversational format)."""
+"""What a prompt says: plain text (TRL's standard format) or messages (its conversational format). The last message is
+the user's or a tool's, or the assistant's own beginning of the response, in text."""
+
+Response = str | Sequence[Message]
+"""What follows a prompt: text, or turns that begin and end with the assistant's."""
 
 
 def prompt_id(content: Content) -> int:
-    """Stable 64-bit id of a prompt: the same content has the same id in every run and process.
+    """Stable 64-bit id of a prompt: the same content, with all keys of its messages, has the same id in every run
+    and process.
 
     >>> prompt_id("hi") == prompt_id("hi") != prompt_id([{"role": "user", "content": "hi"}])
     True
     """
     if not isinstance(content, str):
-        content = [{"role": m["role"], "content": m["content"]} for m in content]
+        content = [dict(message) for message in content]
     canonical = json.dumps(content, ensure_ascii=False, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(canonical.encode(), digest_size=8).digest(), "little")
 
@@ -116,7 +122,7 @@ class Rollouts:
     tokens: Ragged  # int32, B rows: response tokens, with the end-of-sequence token if it was sampled
     logprobs: np.ndarray  # float32 [T], aligned with tokens.values
     finished: np.ndarray  # bool [B]: ended by the end-of-sequence token (else cut at the length limit)
-    texts: tuple[str, ...]  # [B]: decoded responses, special tokens removed
+    texts: tuple[str, ...]  # [B]: responses as text after their prompts, without the token that ended them
     seconds: float = 0.0  # wall time from the item's arrival at the generator to its last token
 
     @property

@@ -1,24 +1,26 @@
-"""From content to tokens, under the tokenizer and the chat template of one model.
+"""From content to tokens and back, under the tokenizer and the chat template of one model.
 
 Every model reads the same content in its own way: the policy and each reward model have a `ChatFormat` of
 their own. Text (TRL's standard format) is tokenised as it stands; messages go through the chat template.
+
+What messages and responses say is text: a control token that they spell ("<|im_end|>") is read letter by letter,
+whoever reads it. A plain-text prompt may be the work of a template, so there it is the token.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf.data.decode import text_after
+from rlhf.data.literal import TextReader
+from rlhf.data.template import Template
 from rlhf.types import Content, Message
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-HH = "hh"
-PROBE = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 class ChatFormat:
@@ -27,28 +29,26 @@ class ChatFormat:
     For every content and response, `prompt_tokens(c) + response_tokens(c, r)` is the text to train on, and
     `prompt_tokens(c)` is exactly what is given to the policy when it samples. `response_tokens` ends with a
     token of `end_tokens()`, so a policy trained on them stops where the sampler looks for a stop.
+    `response_texts` gives sampled tokens back as the `r` that every model's `conversation_tokens` takes.
 
-    `owner` ("policy", "reward model 'helpful'") is named in errors. `template` is a Jinja template, a file
-    that holds one, or "hh": messages as an hh-rlhf transcript ("\\n\\nHuman: ...\\n\\nAssistant: ..."), which
-    is then tokenised as text. Without it the tokenizer's own template is used.
+    A prompt whose last message is the assistant's is continued: prompt and response are one message.
+
+    `owner` ("policy", "reward model 'helpful'") is named in errors; `template` as in `Template`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, owner: str, template: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.owner = owner
-        model = re.fullmatch(r"reward model '(.+)'", owner)
-        self.key = f"reward_models.{model[1]}.chat_template" if model else f"{owner}.chat_template"
-        self.template = self._template(template)
+        self.template = Template(tokenizer, owner, template)
 
     def prompt_tokens(self, content: Content) -> list[int]:
         """What the model reads before a response. Text: with the tokenizer's special tokens, except an EOS
         that it appends. Messages: the template with the generation prompt."""
-        content = self._text_or_messages(content)
-        if not isinstance(content, str):
-            return self._apply(content, generation_prompt=True)
-        tokens, eos = self._tokens(content), self.tokenizer.eos_token_id
-        appended = tokens[-1:] == [eos] and self._tokens(content, special=False)[-1:] != [eos]
-        return tokens[:-1] if appended else tokens
+        text = self._prompt(content)
+        if not self._plain(content):
+            return self._reader.tokens(text)
+        (first, last), tokens = self._around, self._reader.tokens(text)
+        return [*_unless_there(first, tokens), *tokens, *(i for i in last if i != self._eos)]
 
     def response_tokens(self, content: Content, response: str) -> list[int]:
         """What follows the prompt's tokens in training, with the end of the turn.
@@ -57,118 +57,178 @@ class ChatFormat:
         after the prompt, up to the end-of-turn token. Whitespace that the template puts after that token is
         left out: nobody samples it. A template without an end-of-turn token gets EOS.
         """
-        prompt = self._text_or_messages(content)
-        if isinstance(prompt, str):
-            return self._with_eos(self._tokens(self._continuation(content, response), special=False))
-        start = self._apply(prompt, generation_prompt=True)
-        whole = self._apply([*prompt, {"role": "assistant", "content": response}])
-        if whole[: len(start)] != start:
-            same = next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(whole))
-            raise ValueError(
-                f"{self.owner}: under the chat template the conversation does not begin with the prompt's "
-                f"tokens: after {same} tokens the prompt goes on with {self._decode(start[same:])!r} and the "
-                f"conversation with {self._decode(whole[same : len(start) + 1])!r}; set {self.key} to a "
-                f"template that renders the prompt the same way in both"
-            )
-        turn = whole[len(start) :]
-        ended = self._without_trailing_space(turn)
-        if ended and ended[-1] in {self.tokenizer.eos_token_id, self._end_of_turn}:
+        turn = self._continuation(self._prompt(content), self._conversation(content, response))
+        if self._plain(content):
+            return self._with_eos(turn)
+        ended = self.template.without_trailing_space(turn)
+        if ended and ended[-1] in {self._eos, self.template.end_of_turn}:
             return ended
         return self._with_eos(turn)
 
-    def conversation_tokens(self, content: Content, response: str) -> list[int]:
+    def conversation_tokens(self, content: Content, response: str | Sequence[Message]) -> list[int]:
         """What a reward model scores; the same tokens as TRL's RewardTrainer trains on.
 
-        Text: prompt and response as one text, with EOS after it if the response does not end with it and the
-        tokenizer has one. Messages: all that the template renders.
+        Text: prompt and response as one text with the tokenizer's special tokens, and EOS if it has one. Messages:
+        all that the template renders. The response may be several turns.
         """
-        prompt = self._text_or_messages(content)
-        if isinstance(prompt, str):
-            response, eos = self._continuation(content, response), self.tokenizer.eos_token or ""
-            return self._tokens(prompt + response + ("" if response.endswith(eos) else eos))
-        return self._apply([*prompt, {"role": "assistant", "content": response}])
+        tokens = self._reader.tokens(self._conversation(content, response))
+        if not self._plain(content):
+            return tokens
+        (first, last), eos = self._around, self._eos
+        ended = tokens if eos is None else self._with_eos(tokens)
+        return [*_unless_there(first, tokens), *ended, *(i for i in last if i != eos)]
+
+    def response_texts(
+        self,
+        contents: Sequence[Content],
+        prompts: Sequence[Sequence[int]],
+        group: Iterable[int],
+        responses: Iterable[Sequence[int]],
+        ends: Collection[int],
+    ) -> tuple[str, ...]:
+        """The texts of sampled responses: what their tokens add to the prompt's, without the token that ended them.
+
+        What the template itself writes before and after what the assistant says is not of the text either: a
+        template writes it again. Other special tokens stay in the text as they are spelled.
+
+        Args:
+            contents, prompts: what was asked and its `prompt_tokens`.
+            group: for each response, the number of its prompt.
+            ends: tokens that end a response.
+        """
+        frames = [self._frame(content) for content in contents]
+        texts = []
+        for g, tokens in zip(group, responses, strict=True):
+            opening, closing = frames[g]
+            said = [int(i) for i in tokens if i <= self._last]  # a policy's table may be padded
+            if said and said[-1] in ends:
+                said.pop()
+                closing = closing[:-1] if closing and closing[-1] in ends else closing
+                if closing and said[-len(closing) :] == closing:
+                    del said[-len(closing) :]
+            texts.append(text_after(self.tokenizer, prompts[g], said).removeprefix(opening))
+        return tuple(texts)
 
     def end_tokens(self) -> list[int]:
         """The tokens that end a response: EOS, and the template's end-of-turn token where it is another."""
-        return sorted({self.tokenizer.eos_token_id, self._end_of_turn} - {None})
+        return sorted(i for i in {self._eos, self.template.end_of_turn} if i is not None)
+
+    def check_table(self, model: PretrainedConfig, contents: Iterable[Content]) -> None:
+        """Refuses a tokenizer or template that uses tokens beyond the embedding table of a model of this
+        configuration.
+
+        Tokens that are only there (a padding token, say) may lie beyond it: no text is read as them.
+        """
+        size = getattr(
+            model.get_text_config(), "vocab_size", math.inf
+        )  # some read characters without a table
+        beyond = {i: token for token, i in self.tokenizer.get_vocab().items() if i >= size}
+        if not beyond:
+            return
+        used = {i for i, token in beyond.items() if token not in self.template.control}
+        used |= {i for c in contents for i in self.conversation_tokens(c, "Hello")} & beyond.keys()
+        used |= {*self.end_tokens()} & beyond.keys()
+        if used:
+            raise ValueError(
+                f"{self.owner}: its tokenizer uses the token {beyond[min(used)]!r} ({min(used)}), but its embedding "
+                f"table has {size} rows; call resize_token_embeddings on the model, or take the tokenizer or "
+                f"{self.template.key} that belongs to it"
+            )
 
     @cached_property
-    def _end_of_turn(self) -> int | None:
-        """The special token with which the template ends the assistant's turn, if it has one."""
-        if self.template is None or self.template == HH:
-            return None
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-        last = self._without_trailing_space(self._apply(PROBE))[-1]
-        is_eos, is_unknown = last == self.tokenizer.eos_token_id, last == self.tokenizer.unk_token_id
-        return last if is_eos or (last in special and not is_unknown) else None
+    def _eos(self) -> int | None:
+        return self.tokenizer.eos_token_id
 
-    def _template(self, template: str | None) -> str | None:
-        if template is None:
-            return self.tokenizer.chat_template
-        if template == HH or "{" in template:
-            return template
-        if not (path := Path(template).expanduser()).is_file():
-            raise ValueError(f"{self.key}={template}: no such file; give a file, a Jinja template or {HH!r}")
-        return path.read_text(encoding="utf-8")
+    @cached_property
+    def _reader(self) -> TextReader:
+        return TextReader(self.tokenizer, self.template.control, self.owner)
 
-    def _text_or_messages(self, content: Content) -> str | list[Message]:
+    @cached_property
+    def _last(self) -> int:
+        """The last token that the tokenizer knows."""
+        return max(self.tokenizer.get_vocab().values())
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer puts before and after a text."""
+        alone, whole = self._read("a"), self.tokenizer("a")["input_ids"]
+        at = next(i for i in range(len(whole) + 1) if whole[i : i + len(alone)] == alone)
+        return whole[:at], whole[at + len(alone) :]
+
+    def _frame(self, content: Content) -> tuple[str, list[int]]:
+        """The text before and the tokens after what a response to this prompt says, which are not of the message."""
+        if isinstance(content, str):
+            return self.template.lost_space(content), []
+        if self.template.transcript:
+            return "", []
+        if content[-1]["role"] != "assistant":
+            return self.template.opening, self.template.closing
+        said = content[-1]["content"]
+        space = said[len(said.rstrip()) :]  # some templates trim it, so that the response begins with it
+        return "" if self.template.prompt(content).endswith(space) else space, self.template.closing
+
+    def _plain(self, content: Content) -> bool:
+        """Whether the model reads plain text: the content is, or a transcript is made of it."""
+        return isinstance(content, str) or self.template.transcript
+
+    def _prompt(self, content: Content) -> str:
+        """The prompt's text, in the `TextReader`'s marks."""
         if isinstance(content, str):
             return content
-        if self.template is None:
-            raise ValueError(
-                f"{self.owner}: the data is conversational, but the tokenizer has no chat template; "
-                f"set {self.key}=... to a Jinja template, a file that holds one, or {HH!r} (transcripts)"
-            )
-        return self._transcript(content) if self.template == HH else list(content)
+        return self.template.prompt(self._reader.marked(list(content)))
 
-    def _transcript(self, messages: Sequence[Message]) -> str:
-        speakers = {"user": "Human", "assistant": "Assistant"}
-        if unknown := {message["role"] for message in messages} - set(speakers):
-            raise ValueError(
-                f"{self.owner}: an hh-rlhf transcript has no {min(unknown)!r} turn; drop it from the data or "
-                f"set {self.key} to a Jinja template"
-            )
-        turns = (f"\n\n{speakers[message['role']]}: {message['content']}" for message in messages)
-        return "".join(turns) + "\n\nAssistant:"
+    def _conversation(self, content: Content, response: str | Sequence[Message]) -> str:
+        if isinstance(content, str):
+            assert isinstance(response, str), "the response to plain text is plain text"
+            # Data sets in TRL's standard format may end responses with EOS.
+            return self._reader.joined(content, response.removesuffix(self.tokenizer.eos_token or ""))
+        turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
+        messages = [*content]
+        if messages[-1]["role"] == turns[0]["role"] == "assistant":
+            begun = messages.pop()
+            turns[0] = {**begun, **turns[0], "content": begun["content"] + turns[0]["content"]}
+        return self.template.conversation(self._reader.marked([*messages, *turns]))
 
-    def _continuation(self, content: Content, response: str) -> str:
-        """The response as it continues the prompt's text: in a transcript a space comes first, unless the
-        response has one (a sampled response does)."""
-        spaced = isinstance(content, str) or not response or response[0].isspace()
-        return response if spaced else f" {response}"
+    def _continuation(self, prompt: str, whole: str) -> list[int]:
+        """The tokens of the whole text after those of the prompt.
 
-    def _apply(self, messages: Sequence[Message], generation_prompt: bool = False) -> list[int]:
-        from jinja2 import TemplateError
+        Where a token of the whole text would reach over the border, what follows the prompt is read by itself, in
+        the way that gives its text back after the prompt's tokens: some tokenizers put a space before every text.
+        """
+        start, complete = self._reader.tokens(prompt), self._reader.tokens(whole)
+        if complete[: len(start)] == start:
+            return complete[len(start) :]
+        if not whole.startswith(prompt):
+            self._refuse(start, complete)
+        rest = whole[len(prompt) :]
+        alone, line, after = (self._reader.tokens(text) for text in (rest, "\n", f"\n{rest}"))
+        ways = [alone, after[len(line) :]] if after[: len(line)] == line else [alone]
+        same = (way for way in ways if text_after(self.tokenizer, start, way) == self._reader.plain(rest))
+        return next(same, alone)
 
-        try:
-            return self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=self.template,
-                add_generation_prompt=generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
-        except TemplateError as error:  # templates refuse what they do not know: roles, their order
-            raise ValueError(
-                f"{self.owner}: the chat template failed ({error}); set {self.key} or fix the data"
-            ) from error
+    def _refuse(self, start: list[int], whole: list[int]) -> None:
+        same = next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(whole))
+        raise ValueError(
+            f"{self.owner}: under the chat template the conversation does not begin with the prompt's "
+            f"tokens: after {same} tokens the prompt goes on with {self._decode(start[same:])!r} and the "
+            f"conversation with {self._decode(whole[same : len(start) + 1])!r}; set {self.template.key} to a "
+            f"template that renders the prompt the same way in both"
+        )
 
-    def _tokens(self, text: str, special: bool = True) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
-
-    def _without_trailing_space(self, tokens: list[int]) -> list[int]:
-        end = len(tokens)
-        while end and not self._decode(tokens[end - 1 : end]).strip():
-            end -= 1
-        return tokens[:end]
+    def _read(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens)
 
     def _with_eos(self, tokens: list[int]) -> list[int]:
-        eos = self.tokenizer.eos_token_id
-        if eos is None:
+        if self._eos is None:
             raise ValueError(
                 f"{self.owner}: responses cannot end: the tokenizer has no EOS token; give it one"
             )
-        return tokens if tokens[-1:] == [eos] else [*tokens, eos]
+        return tokens if tokens[-1:] == [self._eos] else [*tokens, self._eos]
+
+
+def _unless_there(first: list[int], tokens: list[int]) -> list[int]:
+    """The tokens to put before a text: none if the text begins with them itself."""
+    return [] if tokens[: len(first)] == first else first

@@ -3,22 +3,18 @@
 {"prompt": "text", "completion": "text"}                          standard
 {"prompt": [messages], "completion": [one assistant message]}     conversational
 {"messages": [..., {"role": "assistant", ...}]}                   the last turn is the response
+
+A response is one message of text; turns after it, tool calls or reasoning are refused, for they would be lost.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.data.prompts import (
-    as_messages,
-    checked,
-    explicit_prompt,
-    has,
-    is_transcript,
-    missing,
-    parse_transcript,
-)
-from rlhf.data.rows import Row, read_rows
+from rlhf.data.messages import as_messages
+from rlhf.data.prompts import checked, explicit_prompt, has, missing
+from rlhf.data.responses import response_of, spoken
+from rlhf.data.rows import Row, Source, read_rows
 from rlhf.types import Content
 
 
@@ -31,7 +27,7 @@ class Demonstration:
     source: str = ""
 
 
-def load_demonstrations(source: str) -> list[Demonstration]:
+def load_demonstrations(source: Source) -> list[Demonstration]:
     """All demonstrations of `source`, in order. A row that holds none is a ValueError naming its line."""
     return [_demonstration(row) for row in read_rows(source)]
 
@@ -47,31 +43,20 @@ def _demonstration(row: Row) -> Demonstration:
             raise ValueError(
                 f"{row.source}: a demonstration must end with the assistant's message, not the {role}'s"
             )
-        prompt, response = checked(leading, row.source), last["content"]
+        prompt, response = checked(leading, row), spoken([last])
     else:
         raise missing(row, "no demonstration", "both 'prompt' and 'completion', or 'messages'")
+    if not isinstance(response, str):
+        keys = ", ".join(repr(key) for key in response[0] if key not in ("role", "content"))
+        found = f"{len(response)} messages" if len(response) > 1 else f"the keys {keys}"
+        raise ValueError(
+            f"{row.source}: a demonstration's response must be one message with nothing but text, and this has "
+            f"{found}; leave them out, or the row"
+        )
     if not response.strip():
         raise ValueError(f"{row.source}: the response is empty; give it text or leave the row out")
+    if row.values.get("label") is False:
+        raise ValueError(
+            f"{row.source}: 'label' is false: this response is not one to imitate; leave the row out"
+        )
     return Demonstration(prompt, response, row.source)
-
-
-def response_of(row: Row, name: str, prompt: Content) -> str:
-    """The response in column `name`: text, one assistant message, or the prompt's messages and that."""
-    value = row.values[name]
-    if not isinstance(prompt, str) and is_transcript(value):
-        messages = parse_transcript(value)
-    elif isinstance(value, str):
-        return value.strip() if is_transcript(row.values.get("prompt")) else value
-    else:
-        messages = as_messages(value, f"{row.source}: {name!r}")
-    *leading, last = messages
-    if last["role"] != "assistant":
-        raise ValueError(
-            f"{row.source}: {name!r} must end with the assistant's message, not the {last['role']}'s"
-        )
-    if leading and leading != prompt:
-        raise ValueError(
-            f"{row.source}: {name!r} must be the prompt's messages and one assistant message after them; "
-            f"it leaves the prompt before its last message"
-        )
-    return last["content"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.data.messages import said
 from rlhf.evaluate.samples import PolicySamples
 from rlhf.types import Content
 
@@ -57,8 +58,8 @@ def prompt_text(content: Content) -> str:
     if isinstance(content, str):
         return content
     if len(content) == 1:
-        return content[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in content)
+        return said(content[0])
+    return "\n".join(f"{message['role']}: {said(message)}" for message in content)
 
 
 def scales(base: PolicySamples) -> dict[str, float]:

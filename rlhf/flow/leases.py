@@ -17,7 +17,8 @@ class Lease(Generic[T]):
 
 
 class LeaseQueue(Generic[T]):
-    """Guarantees that an item is accepted once, and leaves only when its lease is acknowledged.
+    """Guarantees that an item is accepted once, and leaves only when its lease is acknowledged; or when it is lost, and
+    may come again.
 
     Bounded by its producers: the ledger admits at most (staleness + 1) batches.
 
@@ -63,7 +64,9 @@ class LeaseQueue(Generic[T]):
         """The lease's items are used up."""
         del self._leases[lease]
 
-    def give_back(self, lease: int) -> None:
-        """The lease's items are ready again."""
+    def give_back(self, lease: int, lost: Sequence[int] = ()) -> None:
+        """The lease's items are ready again, but for those whose payloads are lost."""
         back = self._leases.pop(lease)
-        self._ready.update(zip(back.items, back.payloads, strict=True))
+        assert set(lost) <= set(back.items), (lost, back.items)
+        self._ready.update((i, p) for i, p in zip(back.items, back.payloads, strict=True) if i not in lost)
+        self._seen.difference_update(lost)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 
 
@@ -16,25 +13,19 @@ class State(Enum):
     TRAINING = "at the learner"
 
 
-@dataclass
-class _Entry:
-    state: State
-    worker: int | None
-    since: float
-
-
 class Ledger:
     """Guarantees that each item is trained once, in order, and never more than `staleness` versions late.
 
     Items are numbered; batch b is the items [b * size, (b + 1) * size) and turns version b into b + 1. Batch b is
-    admitted once every generator has pulled version b - staleness, so its rollouts are of at least that version;
-    it is trained by version b. Hence version(learner) - version(rollout) <= staleness, and at most
-    (staleness + 1) * size items are held at any time.
+    admitted once all that is sampled from then on is of version b - staleness at least (`Fleet.version`), so its
+    rollouts are of at least that version; it is trained by version b. Hence version(learner) - version(rollout) <=
+    staleness, and at most (staleness + 1) * size items are held at any time. What is lost, wherever it is, is sampled
+    again, and so from a version that is no older.
 
     >>> ledger = Ledger(batches=3, size=2, staleness=0)
     >>> ledger.admit(), ledger.admit()
     ([0, 1], [])
-    >>> for item in (0, 1): ledger.sampling(item, worker=0), ledger.scoring(item), ledger.ready(item)
+    >>> for item in (0, 1): ledger.sampling(item), ledger.scoring(item), ledger.ready(item)
     (None, None, None)
     (None, None, None)
     >>> ledger.next_batch()
@@ -45,15 +36,13 @@ class Ledger:
     [2, 3]
     """
 
-    def __init__(
-        self, batches: int, size: int, staleness: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, batches: int, size: int, staleness: int) -> None:
         assert min(batches, size) > 0 <= staleness, (batches, size, staleness)
-        self.batches, self.size, self.staleness, self._clock = batches, size, staleness, clock
+        self.batches, self.size, self.staleness = batches, size, staleness
         self.version = 0  # the learner's: batches trained
-        self._pulled = 0  # the oldest version a generator may still hold
+        self._pulled = 0  # what is sampled from now on is of this version at least
         self._admitted = 0  # batches
-        self._items: dict[int, _Entry] = {}
+        self._items: dict[int, State] = {}
 
     @property
     def done(self) -> bool:
@@ -71,15 +60,15 @@ class Ledger:
             new += range(self._admitted * self.size, (self._admitted + 1) * self.size)
             self._admitted += 1
         for item in new:
-            self._items[item] = _Entry(State.WAITING, None, self._clock())
+            self._items[item] = State.WAITING
         assert len(self._items) <= self.capacity
         return new
 
     def waiting(self) -> list[int]:
-        return sorted(i for i, entry in self._items.items() if entry.state is State.WAITING)
+        return sorted(i for i, state in self._items.items() if state is State.WAITING)
 
-    def sampling(self, item: int, worker: int) -> None:
-        self._move(item, State.WAITING, State.SAMPLING, worker)
+    def sampling(self, item: int) -> None:
+        self._move(item, State.WAITING, State.SAMPLING)
 
     def scoring(self, item: int) -> None:
         self._move(item, State.SAMPLING, State.SCORING)
@@ -88,30 +77,14 @@ class Ledger:
         self._move(item, State.SCORING, State.READY)
 
     def again(self, item: int) -> None:
-        """The item's work was lost: it waits for a generator again."""
-        assert self._items[item].state in (State.SAMPLING, State.SCORING), self._items[item]
-        self._items[item] = _Entry(State.WAITING, None, self._clock())
-
-    def overdue(self, seconds: float) -> list[int]:
-        """Items that have been at a generator longer than `seconds`."""
-        now = self._clock()
-        return [i for i, e in self._items.items() if e.state is State.SAMPLING and now - e.since > seconds]
-
-    def worker(self, item: int) -> int:
-        """The generator that has the item."""
-        worker = self._items[item].worker
-        assert worker is not None, item
-        return worker
-
-    def is_sampling(self, item: int, worker: int) -> bool:
-        """Whether `worker` is the one to answer for the item (a late answer of another is refused)."""
-        entry = self._items.get(item)
-        return entry is not None and entry.state is State.SAMPLING and entry.worker == worker
+        """What was made of the item is lost: it waits for a generator again."""
+        assert self._items[item] is not State.WAITING, item
+        self._items[item] = State.WAITING
 
     def next_batch(self) -> list[int] | None:
         """The items of the next batch, when all of them are ready and none is being trained."""
         batch = list(range(self.version * self.size, (self.version + 1) * self.size))
-        complete = all(i in self._items and self._items[i].state is State.READY for i in batch)
+        complete = all(i in self._items and self._items[i] is State.READY for i in batch)
         return batch if complete else None
 
     def training(self, batch: list[int]) -> None:
@@ -119,17 +92,21 @@ class Ledger:
         for item in batch:
             self._move(item, State.READY, State.TRAINING)
 
+    def untrained(self, batch: list[int]) -> None:
+        """The learner has left the batch as it was."""
+        for item in batch:
+            self._move(item, State.TRAINING, State.READY)
+
     def trained(self, batch: list[int]) -> None:
         for item in batch:
-            assert self._items.pop(item).state is State.TRAINING, item
+            assert self._items.pop(item) is State.TRAINING, item
         self.version += 1
 
     def pulled(self, version: int) -> None:
-        """Every generator now holds at least `version`."""
+        """What is sampled from now on is of this version or a newer one."""
         assert self._pulled <= version <= self.version, (self._pulled, version, self.version)
         self._pulled = version
 
-    def _move(self, item: int, before: State, after: State, worker: int | None = None) -> None:
-        entry = self._items[item]
-        assert entry.state is before, (item, entry, after)
-        self._items[item] = _Entry(after, worker, self._clock())
+    def _move(self, item: int, before: State, after: State) -> None:
+        assert self._items[item] is before, (item, self._items[item], after)
+        self._items[item] = after

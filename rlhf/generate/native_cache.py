@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.generate.shared_cache import SharedCache
-from rlhf.learn.batching import attention_window
+from rlhf.models.reach import attention_window, by_layer
 from rlhf.native import LANES, addresses, check, library, takes
 from rlhf.native.decoder import NativeDecoder, Shape
 
@@ -34,10 +34,10 @@ class NativeCache(SharedCache):
     def serves(model: PreTrainedModel) -> bool:
         text = model.config.get_text_config()
         heads = getattr(text, "num_attention_heads", None)
-        width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 1)
+        plain = text.hidden_size // heads if heads else 1
         return (
             takes(next(model.parameters()))
-            and width % LANES == 0
+            and all((width or plain) % LANES == 0 for width in by_layer(text, "head_dim"))
             and attention_window(model.config) is None
             and getattr(text, "attn_logit_softcapping", None) is None
             and library() is not None

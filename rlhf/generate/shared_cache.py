@@ -10,6 +10,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from rlhf.models.last_layer import LastLayer
+from rlhf.models.reach import attention_window
 from rlhf.models.trees import Tree
 
 ROOM = 16
@@ -31,6 +32,8 @@ class SharedCache(Cache):
         self._model, self._max_new, self._budget = model, max_new, budget
         self._device = next(model.parameters()).device
         self._last = LastLayer(model.base_model)
+        self._window = attention_window(model.config)
+        self.first = 0  # the position of a prompt's first token
         self._prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer
         self._own: dict[int, tuple[torch.Tensor, ...]] = {}
         self._new: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None  # a prefill's, by layer
@@ -43,6 +46,9 @@ class SharedCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are given with every call
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0  # of a prompt by itself: other calls bring their mask
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -84,6 +90,8 @@ class SharedCache(Cache):
         while start < len(prompts):
             stop, tokens = start + 1, len(prompts[start])
             while stop < len(prompts) and tokens + len(prompts[stop]) <= self._budget:
+                if self._beyond(prompts[start]) or self._beyond(prompts[stop]):
+                    break
                 tokens += len(prompts[stop])
                 stop += 1
             found, last = self._prefill(prompts[start:stop])
@@ -92,14 +100,22 @@ class SharedCache(Cache):
             start = stop
         return handles, torch.cat(logits)
 
+    def _beyond(self, prompt: Sequence[int]) -> bool:
+        """Whether the prompt is longer than a layer's window, of which trees know nothing: it goes alone, under the
+        model's own masks."""
+        return self._window is not None and len(prompt) > self._window
+
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], torch.Tensor]:
         lengths = [len(p) for p in prompts]
         ids = torch.tensor([t for p in prompts for t in p], device=self._device)[None]
         positions = torch.cat([torch.arange(n, device=self._device) for n in lengths])[None]
+        given: dict[str, Any] = {"trees": [Tree(n) for n in lengths]}
+        if self._beyond(prompts[0]):
+            given = {"attention_mask": torch.ones_like(ids)}
         self._new = {}
         ends = torch.tensor(lengths, device=self._device).cumsum(0) - 1
         with self._last.only(ends):
-            logits = self._call(ids, positions, trees=[Tree(n) for n in lengths], logits_to_keep=ends)[0]
+            logits = self._call(ids, positions + self.first, **given, logits_to_keep=ends)[0]
         new, self._new = self._new, None
         handles = [self._place(n) for n in lengths]
         self._store(handles, lengths, new)
@@ -188,7 +204,7 @@ class SharedCache(Cache):
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         self._count = self._count.clamp_max(self._max_new - 1)  # a row that has ended stays where it is
-        positions = (self._prompt_lengths + self._count).to(self._device)
+        positions = (self.first + self._prompt_lengths + self._count).to(self._device)
         self._masks, self._nexts = {}, {}
         self._fit()
         self._count = self._count.to(self._device)
@@ -201,13 +217,9 @@ class SharedCache(Cache):
         return self._call(tokens[:, None], positions[:, None], decoding=self)[:, -1]
 
     def _call(self, ids: torch.Tensor, positions: torch.Tensor, **given: Any) -> torch.Tensor:
+        given.setdefault("attention_mask", torch.zeros(1, 1, 1, 1, device=self._device))
         return self._model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=torch.zeros(1, 1, 1, 1, device=self._device),
-            past_key_values=self,
-            use_cache=True,
-            **given,
+            input_ids=ids, position_ids=positions, past_key_values=self, use_cache=True, **given
         ).logits
 
     def attend(

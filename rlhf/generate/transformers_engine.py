@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 
 from rlhf.data.chat import ChatFormat
 from rlhf.generate.choice import row_cache
+from rlhf.generate.proof import Proof
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
-from rlhf.models.load import end_tokens, max_positions
+from rlhf.models.load import end_tokens
 from rlhf.models.packed import pack, receivers
 from rlhf.models.precision import cast, dtype_of
+from rlhf.models.reach import Reach
 from rlhf.types import Ragged, Rollouts, WorkItem, prompt_id
 
 COMPACT_SHARE = 0.75
@@ -115,12 +117,15 @@ class TransformersEngine:
                 "policy: neither its generation config nor its tokenizer says how a response ends"
             )
         self._ends = np.array(sorted(self.ends))
-        self.limit = max_positions(model.config)
+        self.reach = Reach.of(model.config)
         self.version = self._tickets = 0
+        proof = Proof(model, max_new_tokens)
         self._policy = PolicyModel(model)
         cast(model, dtype_of(dtype, device))
+        proof.measure(model)
         pack(model, min(slots, 64), tied=True)
-        self._cache = row_cache(model, max_new_tokens, budget)
+        self._cache, refused = row_cache(model, max_new_tokens, budget, proof)
+        self.notes = [*self._policy.notes, *refused]
         self._waiting: deque[_Prompt] = deque()
         self._rows: _Rows | None = None
         self._done: list[_Job] = []
@@ -166,6 +171,7 @@ class TransformersEngine:
         assert rows is not None
         uniform, steps = self._uniform(rows)
         tokens, logprobs = draw(rows.logits / self.temperature, uniform)
+        self._check(rows, logprobs)
         going = self._record(rows, steps, tokens.cpu().numpy(), logprobs.cpu().numpy())
         done = [(job.ticket, self._rollouts(job)) for job in self._done]
         self._done = []
@@ -184,6 +190,18 @@ class TransformersEngine:
         self._rows = rows
         return done
 
+    def _check(self, rows: _Rows, logprobs: torch.Tensor) -> None:
+        """Refuses what no distribution gave: logits that are not all numbers draw a token of probability nan."""
+        bad = torch.nonzero(~torch.isfinite(logprobs)).flatten().tolist()
+        if bad:
+            prompt = rows.prompts[bad[0]]
+            item = prompt.job.item
+            raise ValueError(
+                f"policy of version {self.version}: {len(bad)} of {len(rows)} responses have logits that are not "
+                f"numbers, the first to {str(item.prompts[prompt.index])[:80]!r} (work item {item.id}); its weights "
+                "have diverged (lower align.learning_rate) or are broken"
+            )
+
     def _arrange(self) -> None:
         """Lets waiting responses take the free slots."""
         rows = self._rows
@@ -193,6 +211,9 @@ class TransformersEngine:
         starts: list[_Prompt] = []
         while self._waiting and len(starts) < free:
             prompt = self._waiting[0]
+            others = starts or ([] if rows is None else rows.prompts)
+            if others and self._switched(prompt) != self._switched(others[0]):
+                break  # until these have left
             if prompt.index == prompt.first == 0:
                 prompt.job.version = self.version
             take = min(free - len(starts), prompt.job.item.samples - prompt.first)
@@ -226,6 +247,10 @@ class TransformersEngine:
                 np.concatenate([rows.index, *index]),
                 torch.cat([rows.logits, *first_logits]),
             )
+
+    def _switched(self, prompt: _Prompt) -> bool:
+        """Whether the prompt is on the far side of the model's switch: those on both sides never share a call."""
+        return bool(self.reach.switched(np.array([len(prompt.job.prompts[prompt.index])]))[0])
 
     def _leave(self, rows: _Rows, chosen: np.ndarray) -> _Rows:
         """The chosen rows stay; prompts without rows or responses to start are forgotten."""
@@ -282,6 +307,7 @@ class TransformersEngine:
         item = job.item
         tokens = [row[:n] for row, n in zip(job.tokens, job.lengths, strict=True)]
         flat = Ragged.of(tokens, np.int32)
+        group = np.repeat(np.arange(item.groups, dtype=np.int32), item.samples)
         return Rollouts(
             item=item.id,
             version=job.version,
@@ -290,21 +316,19 @@ class TransformersEngine:
             prompts=item.prompts,
             prompt_ids=np.array([prompt_id(c) for c in item.prompts], np.uint64),
             prompt_tokens=Ragged.of(job.prompts, np.int32),
-            group=np.repeat(np.arange(item.groups, dtype=np.int32), item.samples),
+            group=group,
             tokens=flat,
             logprobs=np.concatenate([row[:n] for row, n in zip(job.logprobs, job.lengths, strict=True)]),
             finished=job.finished,
-            texts=tuple(self.chat.tokenizer.batch_decode(tokens, skip_special_tokens=True)),
+            texts=self.chat.response_texts(item.prompts, job.prompts, group, tokens, self.ends),
             seconds=time.perf_counter() - job.started,
         )
 
     def _prompt_tokens(self, content: object) -> list[int]:
         tokens = self.chat.prompt_tokens(content)  # type: ignore[arg-type]
-        if self.limit is not None and len(tokens) + self.max_new_tokens > self.limit:
-            raise ValueError(
-                f"a prompt of {len(tokens)} tokens and rollout.max_new_tokens={self.max_new_tokens} exceed the "
-                f"policy's {self.limit} positions: {str(content)[:80]!r}"
-            )
+        fault = self.reach.fault(len(tokens), self.max_new_tokens)
+        if fault is not None:
+            raise ValueError(f"{fault}: {str(content)[:80]!r}")
         return tokens
 
     @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 
 from rlhf.config import AlgorithmConfig
 from rlhf.learn.advantages import ADVANTAGES, Outcome, scaled
-from rlhf.learn.batching import Layout, TokenBatch, pad
+from rlhf.learn.batching import Layout, TokenBatch
 from rlhf.learn.critic import token_values, value_loss
 from rlhf.learn.experience import Merged
 from rlhf.learn.kl import ESTIMATORS
@@ -58,15 +58,12 @@ class Aligner:
         settings: AlgorithmConfig,
         max_new_tokens: int,
         lay: Layout,
+        notes: Sequence[str] = (),
     ) -> None:
         assert (critic is not None) == (settings.advantage == "gae")
         self.policy, self.reference, self.critic = policy, reference, critic
         self._settings, self._limit, self._lay = settings, max_new_tokens, lay
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether prompts are computed once and nothing is padded, while sequences fit a sliding window."""
-        return self._lay is not pad
+        self.notes = list(notes)  # what to tell of how the models are computed
 
     def step(
         self,
@@ -75,9 +72,10 @@ class Aligner:
         learning_rate: float,
         critic_learning_rate: float,
         span: Callable[[str], AbstractContextManager] = nullcontext,
+        number: int = 0,
     ) -> Metrics:
         """Trains on a batch, `epochs` times, each time in `minibatches` optimiser steps; `span` is told when it
-        prepares and when it trains.
+        prepares and when it trains. `number` is the batch's, for errors.
 
         Metrics are this rank's part of sums over ranks, but for grad_norm: losses are means over the steps, and
         `kl` is the mean over the batch's responses, nats; without a reference there is none.
@@ -86,11 +84,12 @@ class Aligner:
         every = balanced(merged.group_tokens, self.policy.world)
         with span("prepare"):
             prepared, metrics = self._prepare(merged, every[self.policy.rank], kl_coef)
+        rates = (learning_rate, critic_learning_rate)
         steps = 0
         for part in self._parts(every, experiences[0].rewards.item):
             steps += 1
             with span("train"):
-                found = self._update(prepared, part, kl_coef, learning_rate, critic_learning_rate)
+                found = self._update(prepared, part, kl_coef, rates, number)
             for key, value in found.items():
                 metrics[key] = metrics.get(key, 0.0) + value
         means = [k for k in metrics if k in ("loss", "grad_norm") or k.startswith("critic/")]
@@ -166,20 +165,20 @@ class Aligner:
         prepared: _Prepared,
         part: list[list[int]],
         kl_coef: float,
-        learning_rate: float,
-        critic_learning_rate: float,
+        learning_rates: tuple[float, float],
+        number: int,
     ) -> Metrics:
-        merged = prepared.merged
+        merged, (learning_rate, critic_learning_rate) = prepared.merged, learning_rates
         batches = self._batches(merged, part[self.policy.rank])
         whole = [g for share in part for g in share]
         responses, tokens = len(merged.rows(whole)), float(len(merged.token_index(whole)))
         lengths = torch.from_numpy(merged.tokens.lengths)
         share = shares(lengths, responses, tokens, self._settings.aggregate, self._limit)
         losses = [self._policy_part(b, prepared, share[b.index], kl_coef) for b in batches]
-        metrics = self.policy.update(losses, learning_rate)
+        metrics = self.policy.update(losses, learning_rate, number)
         if self.critic is not None:
             losses = [self._critic_part(b, prepared, tokens) for b in batches]
-            found = self.critic.update(losses, critic_learning_rate)
+            found = self.critic.update(losses, critic_learning_rate, number)
             metrics |= {"critic/loss": found.get("loss", 0.0), "critic/grad_norm": found["grad_norm"]}
         return metrics
 
@@ -204,7 +203,7 @@ class Aligner:
                 logprobs = token_logprobs(model, batch, merged.temperature)
             return policy_loss(logprobs, entropy, tokens.to(logprobs.device), settings, kl_coef)
 
-        return MicroBatch(call, batch.input_ids.numel())
+        return MicroBatch(call, batch.input_ids.numel(), merged.names(batch.rows.tolist()))
 
     def _critic_part(self, batch: TokenBatch, prepared: _Prepared, tokens: float) -> MicroBatch:
         assert prepared.values is not None
@@ -218,7 +217,7 @@ class Aligner:
             loss = value_loss(values, old.to(values.device), returns.to(values.device), clip, tokens)
             return loss, {"loss": loss.item()}
 
-        return MicroBatch(call, batch.input_ids.numel())
+        return MicroBatch(call, batch.input_ids.numel(), prepared.merged.names(batch.rows.tolist()))
 
 
 def _flat(passes: list[torch.Tensor], batches: list[TokenBatch], merged: Merged) -> torch.Tensor:

@@ -8,15 +8,17 @@ serves models whose attention is their own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from rlhf.models import attention
+from rlhf.models import attention, probe
+from rlhf.models.attempt import Failure, attempt
+from rlhf.models.reach import Reach
 from rlhf.models.trees import Tree
 from rlhf.types import Ragged
 
@@ -46,14 +48,13 @@ class TokenBatch:
 
     def inputs(self, like: torch.Tensor) -> dict[str, Any]:
         """What the model is called with, on the device of `like`."""
-        plain = {
+        given = {
             "input_ids": self.input_ids.to(like.device),
-            "position_ids": self.position_ids.to(like.device),
             "attention_mask": self.attention_mask.to(like.device),
         }
-        if self.trees is None:
-            return plain
-        return plain | {"trees": self.trees}
+        if self.trees is None:  # rows begin at their first token, as every model takes for granted
+            return given
+        return given | {"position_ids": self.position_ids.to(like.device), "trees": self.trees}
 
 
 def pack(
@@ -199,65 +200,80 @@ def _flat(parts: Any) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-Layout = Callable[[Ragged, Ragged, np.ndarray, Sequence[int], int], list[TokenBatch]]
-"""`pack`, `pad`, or a choice between them."""
+@dataclass(frozen=True)
+class Layout:
+    """Makes the batches of a model: packed where that is exact, else padded.
 
-
-def layout(model: PreTrainedModel) -> Layout:
-    """`pack` wherever it is exact for the model, else `pad`, saying so. The model's attention becomes ours.
-
-    Trees know no sliding window: a model that has one is packed while every sequence fits it.
+    A batch holds sequences that the model computes alike (`Reach`): those beyond a window are never packed, as trees
+    know none.
     """
-    if not takes_packing(model, model.config.get_text_config().vocab_size):
-        log.warning(
-            "%s: its attention cannot be replaced, so prompts are not shared and rows are padded",
-            type(model).__name__,
-        )
-        return pad
-    window = attention_window(model.config)
-    if window is None:
-        return pack
 
-    def within(
-        prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int
+    packs: bool
+    reach: Reach = field(default_factory=Reach)
+
+    def __call__(
+        self, prompts: Ragged, responses: Ragged, group: np.ndarray, rows: Sequence[int], budget: int
     ) -> list[TokenBatch]:
-        longest = max((int(prompts.lengths[group[r]] + responses.lengths[r]) for r in rows), default=0)
-        return (pack if longest <= window else pad)(prompts, responses, group, rows, budget)
+        lengths = [int(prompts.lengths[group[row]] + responses.lengths[row]) for row in rows]
+        batches = []
+        for places, see_all in self.reach.parts(lengths):
+            way = pack if self.packs and see_all else pad
+            batches += way(prompts, responses, group, [rows[i] for i in places], budget)
+        return batches
 
-    return within
+    def both(self, other: Layout) -> Layout:
+        """Of batches that two models are called with."""
+        return Layout(self.packs and other.packs, self.reach.narrowed(other.reach))
 
 
-def attention_window(config: PretrainedConfig) -> int | None:
-    """The tokens that the model's narrowest layer looks back on, itself included; None: all."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    spans = {
-        "sliding": getattr(text, "sliding_window", None),
-        "chunked": getattr(text, "attention_chunk_size", None),
-    }
-    used = [n for kind, n in spans.items() if n and (kinds is None or any(k.startswith(kind) for k in kinds))]
-    return min(used, default=None)
+def layout(model: PreTrainedModel, what: str = "policy") -> tuple[Layout, list[str]]:
+    """The fastest layout that is exact for the model, whose attention becomes ours if it is packed; and what to tell of
+    a fallback."""
+    fault = packing_fault(model, what)
+    layout = Layout(fault is None, Reach.of(model.config))
+    if fault is None:
+        return layout, []
+    note = f"{what} ({type(model).__name__}): prompts are computed for each response, and rows are padded: {fault}"
+    log.warning(note)
+    return layout, [note]
 
 
 @torch.no_grad()
-def takes_packing(model: Any, vocabulary: int, tolerance: float = 1e-2) -> bool:
-    """Whether the model, with our attention, gives packed tokens the log-probabilities of the plain way, tried on
-    random tokens. If not, its attention is what it was."""
-    rng = np.random.default_rng(0)
-    prompts = Ragged.of([rng.integers(vocabulary, size=n) for n in (5, 3)], np.int32)
-    responses = Ragged.of([rng.integers(vocabulary, size=n) for n in (4, 6, 2)], np.int32)
-    group = np.array([0, 0, 1])
+def packing_fault(model: Any, what: str = "policy") -> str | None:
+    """Why packed tokens, under our attention, do not get the log-probabilities of the model's own passes over single
+    sequences; None: they do, and its attention is ours from now on.
+
+    Tried on random tokens in float32: several prompts and responses, as long as the model's window allows.
+    """
+    reach = Reach.of(model.config)
+    vocabulary, longest = model.config.get_text_config().vocab_size, probe.room(reach)
+    half = longest // 2
+    prompts = Ragged.of(probe.sequences([half, 1, max(half // 2, 1)], vocabulary), np.int32)
+    lengths = [longest - half, 1, max(half // 2, 1), longest - 1, 2]
+    responses = Ragged.of(probe.sequences(lengths, vocabulary, seed=1), np.int32)
+    group = np.array([0, 0, 0, 1, 2])
+    own = []
+    for b, response in enumerate(responses[b] for b in range(len(lengths))):
+        prompt = prompts[group[b]]
+        whole = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+        own.append(probe.own_logprobs(model, whole)[0, len(prompt) - 1 : -1])
+    exact = torch.cat(own)
+    probe.check_finite(exact, what)
     like = next(model.parameters())
 
-    def found(way: Layout) -> torch.Tensor:
-        flat = torch.empty(len(responses.values))
-        for batch in way(prompts, responses, group, [0, 1, 2], 64):
-            logits = model(**batch.inputs(like), use_cache=False).logits
-            chosen = logits.flatten(0, 1)[batch.predict.to(like.device)].float().cpu()
-            flat[batch.index] = torch.log_softmax(chosen, -1).gather(-1, batch.targets[:, None])[:, 0]
+    def packed() -> torch.Tensor:
+        flat = torch.empty_like(exact)
+        for batch in pack(prompts, responses, group, range(len(lengths)), 2 * longest):
+            logits = model(**batch.inputs(like), use_cache=False).logits.flatten(0, 1)
+            flat[batch.index] = torch.log_softmax(logits[batch.predict.to(like.device)].float(), -1)
         return flat
 
-    plain = found(pad)
     with attention.tried(model) as trial:
-        trial.kept = trial.possible and bool((found(pack) - plain).abs().max() <= tolerance)
-    return trial.kept
+        if not trial.possible:
+            return "its attention cannot be replaced"
+        found = attempt(packed)
+        if isinstance(found, Failure):
+            return f"its attention cannot be replaced ({found.reason})"
+        off, most = probe.distance(found, exact), probe.tolerance(exact)
+        trial.kept = off <= most
+    return None if trial.kept else f"packed, it is {off:.2g} nats off ({most:.2g} allowed)"

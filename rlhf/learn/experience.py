@@ -22,6 +22,7 @@ class Merged:
     behaviour: torch.Tensor  # float32 [T], the sampler's log-probabilities
     utility: torch.Tensor  # float32 [B]
     temperature: float
+    place: np.ndarray  # int64 [B, 2], the item of each response and its number within
 
     @classmethod
     def of(cls, experiences: Sequence[Experience]) -> Merged:
@@ -36,6 +37,9 @@ class Merged:
             torch.from_numpy(np.concatenate([r.logprobs for r in rollouts])),
             torch.from_numpy(np.concatenate([e.rewards.combined for e in experiences])),
             temperatures.pop(),
+            np.concatenate(
+                [np.stack([np.full(r.responses, r.item), np.arange(r.responses)], 1) for r in rollouts]
+            ),
         )
 
     @property
@@ -49,6 +53,10 @@ class Merged:
         """Tokens of each prompt and its responses, int64 [G]."""
         own = np.bincount(self.group, weights=self.tokens.lengths, minlength=len(self.prompts))
         return self.prompts.lengths + own.astype(np.int64)
+
+    def names(self, rows: Sequence[int]) -> tuple[str, ...]:
+        """These responses, as errors call them."""
+        return tuple(f"response {n} of item {item}" for item, n in self.place[rows].tolist())
 
     def rows(self, groups: Sequence[int]) -> list[int]:
         """The responses to these prompts, ascending."""

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from rlhf.learn.batching import Layout, TokenBatch, layout
+from rlhf.learn.batching import TokenBatch, layout
+from rlhf.learn.chunks import computing, in_chunks
+from rlhf.models import probe
+from rlhf.models.attempt import Failure, attempt
 from rlhf.models.attention import is_ours
 from rlhf.models.last_layer import LastLayer
 from rlhf.models.trees import Tree
@@ -24,11 +26,11 @@ log = logging.getLogger(__name__)
 class PolicyModel(torch.nn.Module):
     """A causal language model, called for the log-probabilities of the response tokens of a `TokenBatch`.
 
-    The head is applied to the states that predict a response token, `CHUNK` logits at a time; more than one chunk is
-    computed again in the backward pass. A model whose logits are not its head's (`by_chunks` is False) is called
-    for all logits.
+    The head is called once, for the states that predict a response token, and computes `CHUNK` logits at a time; more
+    than one chunk is computed again in the backward pass. A model whose logits are not its head's (`by_chunks` is
+    False) is called for all logits.
 
-    `lay` makes its batches. Its attention becomes ours, if it can.
+    `lay` makes its batches. Its attention becomes ours, if it can. `notes` tell what it is too particular for.
 
     Args:
         inner: any transformers causal model, or a peft model around one.
@@ -41,13 +43,15 @@ class PolicyModel(torch.nn.Module):
         config = getattr(plain, "config", None)
         text = config.get_text_config() if config is not None else None
         self._cap = getattr(text, "final_logit_softcapping", None)
-        self.lay: Layout = layout(plain)
+        self.lay, self.notes = layout(plain)
         fuse(plain)
         self._last = LastLayer(getattr(plain, "base_model", plain))
         self._vocabulary = 0
-        self.by_chunks = self._head_makes_the_logits()
-        if not self.by_chunks:
-            log.warning("%s: its logits are not its output layer's, so all are held", type(plain).__name__)
+        fault = self._fault_of_the_head()
+        self.by_chunks = fault is None
+        if fault is not None:
+            self.notes.append(f"policy ({type(plain).__name__}): the logits of all tokens are held: {fault}")
+            log.warning(self.notes[-1])
 
     def forward(
         self,
@@ -59,39 +63,37 @@ class PolicyModel(torch.nn.Module):
         temperature: float = 1.0,
         entropy: bool = False,
         trees: Sequence[Tree] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities float32 [N] of `targets` int64 [N] at the flat positions `predict` int64 [N], at the
-        sampling temperature; and, if asked for, the entropies of their distributions, nats, float32 [N]."""
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
+    ) -> torch.Tensor:
+        """Log-probabilities float32 [1, N] of `targets` int64 [N] at the flat positions `predict` int64 [N], at the
+        sampling temperature; if asked for, the entropies of their distributions, nats, are a second row.
+
+        One tensor, and one call of each module: under ZeRO 3 every module call, and the gradient of every tensor that
+        a module returns, is a collective, so neither may depend on how many tokens a rank has.
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if trees is not None:
             assert is_ours(self._plain)
-            inputs["trees"] = trees
+            inputs |= {"position_ids": position_ids, "trees": trees}
         if predict is None or targets is None:
             predict = targets = input_ids.new_zeros(1)
-        if self.by_chunks:
-            needed = predict.unique() if trees is not None else None
-            rows = self._last.states(needed, **inputs)
-        else:
-            rows = self.inner(**inputs, use_cache=False).logits
-        rows = rows.flatten(0, 1)[predict]
         if not self.by_chunks:
-            return _of_logits(rows, targets, temperature, entropy)
-        size = max(1, self.chunk // self._vocabulary)
-        if len(rows) <= size:
-            return self._part(rows, targets, temperature, entropy)
-        again = torch.is_grad_enabled()
-        parts = [
-            checkpoint(self._part, r, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
-            if again
-            else self._part(r, t, temperature, entropy)
-            for r, t in zip(rows.split(size), targets.split(size), strict=True)
-        ]
-        logprobs = torch.cat([a for a, _ in parts])
-        return logprobs, torch.cat([b for _, b in parts if b is not None]) if entropy else None
+            logits = self.inner(**inputs, use_cache=False).logits.flatten(0, 1)[predict]
+            return _of_logits(logits, targets, temperature, entropy)
+        needed = predict.unique() if trees is not None else None
+        states = self._last.states(needed, **inputs).flatten(0, 1)[predict]
+        head, size = self._head, max(1, self.chunk // self._vocabulary)
+        plain = head.forward
+
+        def part(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return _of_logits(self._capped(plain(states)), targets, temperature, entropy)
+
+        with computing(head, lambda states: in_chunks(part, states, targets, size, head.parameters())):
+            return head(states)
+
+    @property
+    def gathered(self) -> torch.nn.Module | None:
+        """The module whose parts are called once for each chunk, within one call of it: ZeRO 3 must gather it whole."""
+        return self._head if self.by_chunks and list(self._head.children()) else None
 
     @property
     def _plain(self) -> Any:
@@ -102,41 +104,40 @@ class PolicyModel(torch.nn.Module):
         return self._plain.get_output_embeddings()
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        logits = self._head(states).float()
+        return self._capped(self._head(states))
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
-    def _part(
-        self, states: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _of_logits(self._logits(states), targets, temperature, entropy)
-
     @torch.no_grad()
-    def _head_makes_the_logits(self, tolerance: float = 1e-4) -> bool:
-        """Whether head and states give the model's own logits, tried on a few tokens."""
+    def _fault_of_the_head(self, tolerance: float = 1e-4) -> str | None:
+        """Why head and states do not give the model's own logits, tried on random tokens; None: they do."""
         if not hasattr(self._plain, "get_output_embeddings") or self._head is None:
-            return False
-        like = self._head.weight
-        ids = torch.arange(4, device=like.device)[None]
+            return "it has no output layer"
+        like = next(self._plain.parameters())
+        vocabulary = self._plain.config.get_text_config().vocab_size
+        ids = torch.from_numpy(probe.sequences([8], vocabulary)[0])[None].to(like.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        try:
-            own = self._logits(self._last.states(None, **inputs))
-        except (AttributeError, RuntimeError, TypeError):
-            return False
-        self._vocabulary = own.shape[-1]
         whole = self.inner(**inputs, use_cache=False).logits.float()
+        own = attempt(lambda: self._logits(self._last.states(None, **inputs)))
+        if isinstance(own, Failure):
+            return own.reason
+        self._vocabulary = own.shape[-1]
         if own.shape != whole.shape:
-            return False
-        return bool((own - whole).abs().max() <= tolerance * whole.abs().max().clamp_min(1.0))
+            return f"other logits: {list(own.shape)}, not {list(whole.shape)}"
+        off, most = float((own - whole).abs().max()), tolerance * float(whole.abs().max().clamp_min(1.0))
+        return None if off <= most else f"its logits are {off:.2g} from its output layer's"
 
 
 def _of_logits(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> torch.Tensor:
     logits = logits.float() / temperature
     if not entropy:
-        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none"), None
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")[None]
     every = torch.log_softmax(logits, -1)
-    return every.gather(-1, targets[:, None])[:, 0], -(every.exp() * every).sum(-1)
+    return torch.stack([every.gather(-1, targets[:, None])[:, 0], -(every.exp() * every).sum(-1)])
 
 
 def token_logprobs(model: torch.nn.Module, batch: TokenBatch, temperature: float = 1.0) -> torch.Tensor:
@@ -144,21 +145,19 @@ def token_logprobs(model: torch.nn.Module, batch: TokenBatch, temperature: float
 
     `model` is a `PolicyModel` or an engine around one.
     """
-    return _call(model, batch, temperature, False)[0]
+    (logprobs,) = _call(model, batch, temperature, False)
+    return logprobs
 
 
 def token_logprobs_and_entropy(
     model: torch.nn.Module, batch: TokenBatch, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_logprobs`, and the entropy of the distribution that each token was drawn from, nats, float32 [N]."""
-    logprobs, entropy = _call(model, batch, temperature, True)
-    assert entropy is not None
-    return logprobs, entropy
+    logprobs, entropies = _call(model, batch, temperature, True)
+    return logprobs, entropies
 
 
-def _call(
-    model: torch.nn.Module, batch: TokenBatch, temperature: float, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _call(model: torch.nn.Module, batch: TokenBatch, temperature: float, entropy: bool) -> torch.Tensor:
     like = next(model.parameters())
     return model(
         **batch.inputs(like),

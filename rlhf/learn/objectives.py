@@ -6,7 +6,7 @@ divided by the size of the whole batch, so that the sum over micro-batches and r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import torch
 
 from rlhf.learn.batching import Layout, TokenBatch, by_length
 from rlhf.learn.logprobs import token_logprobs
-from rlhf.models.classifier import Classifier, score_rows
+from rlhf.models.classifier import Classifier, one_batch
 from rlhf.types import Ragged
 
 Metrics = dict[str, float]
@@ -23,10 +23,14 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of a rank's share. `loss(model)` gives what to differentiate, and sums for the metrics."""
+    """A part of a rank's share. `loss(model)` gives what to differentiate, and sums for the metrics.
+
+    `loss` calls the model once, whatever the part is made of: the collectives of ZeRO 3 must be the same on all ranks.
+    """
 
     loss: Callable[[torch.nn.Module], tuple[torch.Tensor, Metrics]]
     tokens: int
+    rows: tuple[str, ...] = ()  # what it is made of, as errors call it
 
 
 class Objective(Protocol):
@@ -64,7 +68,7 @@ class Supervised:
                 value = -token_logprobs(model, tokens).sum() / total
                 return value, {"loss": value.item()}
 
-            return MicroBatch(call, tokens.input_ids.numel())
+            return MicroBatch(call, tokens.input_ids.numel(), _named("example", tokens.rows.tolist()))
 
         return [loss(t) for t in self.lay(data.prompts, data.responses, np.arange(len(data)), rows, budget)]
 
@@ -91,22 +95,32 @@ class BradleyTerry:
     ) -> list[MicroBatch]:
         data, indices = batch
         tokens = data.chosen.lengths[indices] + data.rejected.lengths[indices]
-        mine = [int(i) for i in balanced(tokens, world)[rank]]
-        parts = by_length([2 * int(tokens[i]) for i in mine], budget)
-        return [
-            self._loss(data, [int(indices[mine[i]]) for i in part], len(indices), budget) for part in parts
-        ]
+        mine = balanced(tokens, world)[rank]
+        longest = np.maximum(data.chosen.lengths, data.rejected.lengths)[indices[mine]]
+        found = []
+        for places, _ in self.classifier.reach.parts(longest.tolist()):
+            alike = [mine[place] for place in places]
+            for part in by_length([2 * int(tokens[i]) for i in alike], budget):
+                found.append(self._loss(data, [int(indices[alike[n]]) for n in part], len(indices)))
+        return found
 
-    def _loss(self, data: PreferencePairs, pairs: list[int], total: int, budget: int) -> MicroBatch:
+    def _loss(self, data: PreferencePairs, pairs: list[int], total: int) -> MicroBatch:
+        """In one call of the model, also where a pair alone is over the budget."""
         rows = [row for i in pairs for row in (data.chosen[i], data.rejected[i])]
+        batch = one_batch(self.classifier, rows, [i // 2 for i in range(len(rows))])
+        order = torch.tensor(batch.rows).argsort()
 
         def call(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:
-            rewards = score_rows(model, self.classifier, rows, [i // 2 for i in range(len(rows))], budget)
+            rewards = batch.scores(model, next(model.parameters()))[order]
             margin = rewards[0::2] - rewards[1::2]
             value = -torch.nn.functional.logsigmoid(margin).sum() / total
             return value, {"loss": value.item(), "accuracy": (margin > 0).sum().item() / total}
 
-        return MicroBatch(call, sum(len(row) for row in rows))
+        return MicroBatch(call, sum(len(row) for row in rows), _named("pair", pairs))
+
+
+def _named(noun: str, numbers: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"{noun} {n}" for n in numbers)
 
 
 def balanced(lengths: np.ndarray, world: int) -> list[list[int]]:

@@ -12,12 +12,12 @@ import torch
 
 from rlhf.config import AlgorithmConfig, ArchitectureConfig, LoraConfig
 from rlhf.learn.alignment import Aligner, ReferencePolicy
-from rlhf.learn.batching import pad as pad_rows
+from rlhf.learn.batching import Layout
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import BradleyTerry, Objective, Supervised
 from rlhf.learn.trainer import Trainer
-from rlhf.models.classifier import Classifier, packs
+from rlhf.models.classifier import Classifier
 from rlhf.models.load import load_policy, load_tokenizer, new_policy, new_reward_model
 from rlhf.models.lora import adapter_off, with_adapter
 from rlhf.models.packed import pack
@@ -25,7 +25,7 @@ from rlhf.models.precision import cast, dtype_of
 
 
 class Task(Protocol):
-    def build(self, device: str) -> tuple[torch.nn.Module, Objective]:
+    def build(self, device: str) -> tuple[PolicyModel | Classifier, Objective]:
         """The model to train, on `device`, and its objective."""
 
 
@@ -36,7 +36,7 @@ class SupervisedTask:
     tokenizer: str  # folder
     seed: int
 
-    def build(self, device: str) -> tuple[torch.nn.Module, Objective]:
+    def build(self, device: str) -> tuple[PolicyModel | Classifier, Objective]:
         tokenizer = load_tokenizer(self.tokenizer, "policy.init_from")
         if self.init_from is None:
             model = new_policy(self.architecture, tokenizer, self.seed)
@@ -52,7 +52,7 @@ class BradleyTerryTask:
     init_from: str
     seed: int
 
-    def build(self, device: str) -> tuple[torch.nn.Module, Objective]:
+    def build(self, device: str) -> tuple[PolicyModel | Classifier, Objective]:
         key = f"{self.key}.init_from"
         pad_token = load_tokenizer(self.init_from, key).pad_token_id
         model = new_reward_model(self.init_from, key, self.seed, pad_token).to(device)
@@ -76,7 +76,7 @@ class AlignTask:
         if self.lora is not None:
             model = with_adapter(model, self.lora, self.seed)
         policy = PolicyModel(model)
-        lay = policy.lay
+        lay, notes = policy.lay, list(policy.notes)
         reference = None
         if self.penalise and self.lora is not None:
             reference = ReferencePolicy(None, lambda: adapter_off(model))
@@ -91,9 +91,11 @@ class AlignTask:
             key = "algorithm.critic.init_from"
             pad = load_tokenizer(start, key).pad_token_id
             value = ValueModel(new_reward_model(start, key, self.seed, pad).to(device))
-            lay = policy.lay if packs(value.inner) else pad_rows
+            tried = Classifier(value.inner)
+            lay = lay.both(Layout(tried.packs, tried.reach))
+            notes += [f"critic: {note}" for note in tried.notes]
             critic = trainer(value)
-        return Aligner(trainer(policy), reference, critic, self.settings, self.max_new_tokens, lay)
+        return Aligner(trainer(policy), reference, critic, self.settings, self.max_new_tokens, lay, notes)
 
 
 def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> np.ndarray:

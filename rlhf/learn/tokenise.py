@@ -10,36 +10,38 @@ import numpy as np
 from rlhf.config import Config
 from rlhf.data.chat import ChatFormat
 from rlhf.data.demonstrations import load_demonstrations
+from rlhf.data.messages import said
 from rlhf.data.microcosm import build_tokenizer
-from rlhf.data.preferences import load_preferences
+from rlhf.data.preferences import Preference, load_preferences, made_of_preferences
 from rlhf.data.prepare import RunData
+from rlhf.data.rows import Source, at
 from rlhf.learn.objectives import PreferencePairs, TokenPairs
-from rlhf.models.load import load_config, load_tokenizer, max_positions
+from rlhf.models.load import load_config, load_tokenizer
+from rlhf.models.reach import Reach, max_positions
 from rlhf.store import Store, fingerprint, source_fingerprint
-from rlhf.types import Content, Ragged
+from rlhf.types import Content, Ragged, Response
 
 
-def demonstration_tokens(config: Config, tokenizer: str, source: str) -> TokenPairs:
+def demonstration_tokens(config: Config, tokenizer: str, source: Source) -> TokenPairs:
     """Prompt and response tokens of a data set of demonstrations, under the policy's tokenizer and template.
 
     Raises:
-        ValueError: a row is malformed, or longer than the model takes; it names the row.
+        ValueError: a row is malformed, longer than the model takes, or refused by its template; it names the row.
     """
     policy = config.policy
     limit = max_positions(load_config(policy.init_from, "policy.init_from")) if policy.init_from else None
     chat = ChatFormat(load_tokenizer(tokenizer, "policy.init_from"), "policy", policy.chat_template)
     prompts, responses = [], []
     for example in load_demonstrations(source):
-        prompts.append(chat.prompt_tokens(example.prompt))
-        responses.append(chat.response_tokens(example.prompt, example.response))
-        _check(
-            example.source, len(prompts[-1]) + len(responses[-1]), limit or policy.architecture.max_positions
-        )
+        with at(example.source):
+            prompts.append(chat.prompt_tokens(example.prompt))
+            responses.append(chat.response_tokens(example.prompt, example.response))
+            _check(len(prompts[-1]) + len(responses[-1]), limit or policy.architecture.max_positions)
     return TokenPairs(Ragged.of(prompts, np.int32), Ragged.of(responses, np.int32))
 
 
 def preference_tokens(
-    key: str, template: str | None, start: str, source: str, tolerated_share: float
+    key: str, template: str | None, start: str, source: Source, tolerated_share: float
 ) -> PreferencePairs:
     """Conversation tokens of a preference data set, for a reward model that starts from the model `start`.
 
@@ -47,24 +49,37 @@ def preference_tokens(
         key: of the reward model in the configuration.
 
     Raises:
-        ValueError: as in `demonstration_tokens`.
+        ValueError: more than the tolerated share of the rows is malformed, longer than the model takes, refused by
+            its template, or of the same tokens for both responses; it names a row.
     """
-    limit = max_positions(load_config(start, f"{key}.init_from"))
+    reach = Reach.of(load_config(start, f"{key}.init_from"))
     name = key.rsplit(".", 1)[1]
     chat = ChatFormat(load_tokenizer(start, f"{key}.init_from"), f"reward model '{name}'", template)
-    chosen, rejected = [], []
-    for pair in load_preferences(source, tolerated_share):
-        chosen.append(chat.conversation_tokens(pair.prompt, pair.chosen))
-        rejected.append(chat.conversation_tokens(pair.prompt, pair.rejected))
-        _check(pair.source, max(len(chosen[-1]), len(rejected[-1])), limit)
-    return PreferencePairs(Ragged.of(chosen, np.int32), Ragged.of(rejected, np.int32))
+
+    def tokens(pair: Preference) -> tuple[np.ndarray, np.ndarray]:
+        with at(pair.source):
+            chosen, rejected = (
+                chat.conversation_tokens(pair.prompt, r) for r in (pair.chosen, pair.rejected)
+            )
+            _check(max(len(chosen), len(rejected)), reach.limit)
+            if len(set(reach.switched(np.array([len(chosen), len(rejected)])))) > 1:
+                raise ValueError(
+                    f"of the two conversations one is longer than {reach.switch} tokens, where the model's rotary "
+                    "frequencies change; leave the row out"
+                )
+            if chosen == rejected:
+                raise ValueError(
+                    "'chosen' and 'rejected' are the same to the model's tokenizer; leave the row out"
+                )
+        return np.array(chosen, np.int32), np.array(rejected, np.int32)
+
+    pairs = made_of_preferences(source, tolerated_share, tokens)
+    return PreferencePairs(*(Ragged.of(column, np.int32) for column in zip(*pairs, strict=True)))
 
 
-def _check(source: str, tokens: int, limit: int | None) -> None:
+def _check(tokens: int, limit: int | None) -> None:
     if limit is not None and tokens > limit:
-        raise ValueError(
-            f"{source}: {tokens} tokens, but the model takes {limit}; shorten the row or leave it out"
-        )
+        raise ValueError(f"{tokens} tokens, but the model takes {limit}; shorten the row or leave it out")
 
 
 def tokenizer_folder(config: Config, data: RunData, store: Store) -> Path:
@@ -86,10 +101,10 @@ def _texts(config: Config, data: RunData) -> Iterator[str]:
             yield from (*_said(example.prompt), example.response)
     for source in data.preferences.values():
         for pair in load_preferences(source, config.data.tolerated_share) if source else []:
-            yield from (*_said(pair.prompt), pair.chosen, pair.rejected)
+            yield from (*_said(pair.prompt), *_said(pair.chosen), *_said(pair.rejected))
     for model in config.reward_models.values():
         yield from model.canned
 
 
-def _said(content: Content) -> list[str]:
-    return [content] if isinstance(content, str) else [message["content"] for message in content]
+def _said(content: Content | Response) -> list[str]:
+    return [content] if isinstance(content, str) else [said(message) for message in content]

@@ -3,14 +3,18 @@
 Gradients accumulate over any number of micro-batches, of any size, and one optimiser step ends the batch. DeepSpeed
 averages gradients over ranks, so losses are scaled by the number of ranks to make it a sum. Ranks
 differ in their number of micro-batches at times; those that have fewer add empty ones, because the
-collectives of ZeRO 2 and 3 must be entered by all.
+collectives of ZeRO 2 and 3 must be entered by all. In bfloat16, too, gradients add up in float32, over micro-batches
+and over ranks.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +26,7 @@ from rlhf.learn.batching import TokenBatch
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import Metrics, MicroBatch, Objective
+from rlhf.learn.sums import sum_in_float32
 from rlhf.models.classifier import Classifier
 from rlhf.models.lora import is_adapted, merged_parameters
 from rlhf.models.precision import dtype_of
@@ -66,8 +71,13 @@ class Weights:
 def deepspeed_settings(
     config: DeepSpeedConfig, learning_rate: float, weight_decay: float, clip: float
 ) -> dict:
-    """The DeepSpeed configuration of a learner."""
+    """The DeepSpeed configuration of a learner.
+
+    ZeRO 0 in bfloat16 is done by ZeRO 1, which gives the same: the optimiser that DeepSpeed has for it adds gradients
+    up in bfloat16 and is made with a step of zeros, which Adam counts.
+    """
     on_cpu = not torch.cuda.is_available()
+    bfloat16 = dtype_of(config.dtype, "cpu" if on_cpu else "cuda") == torch.bfloat16
     optimizer: dict[str, Any] = {
         "lr": learning_rate,
         "weight_decay": weight_decay,
@@ -76,7 +86,7 @@ def deepspeed_settings(
     }
     if on_cpu:
         optimizer["fused"] = True
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    zero: dict[str, Any] = {"stage": max(config.zero_stage, 1) if bfloat16 else config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
@@ -85,7 +95,9 @@ def deepspeed_settings(
         "gradient_clipping": clip,
         "optimizer": {"type": "AdamW", "params": optimizer},
         "zero_optimization": zero,
-        "bf16": {"enabled": dtype_of(config.dtype, "cpu" if on_cpu else "cuda") == torch.bfloat16},
+        "bf16": {"enabled": bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -104,6 +116,7 @@ class Trainer:
         world: int = 1,
     ) -> None:
         import deepspeed
+        from deepspeed.utils import set_z3_leaf_module
 
         self.rank, self.world, self.budget, self.stage = (
             rank,
@@ -114,41 +127,77 @@ class Trainer:
         wrapped = isinstance(model, Classifier | PolicyModel | ValueModel)
         self.model: Any = model.inner if wrapped else model  # what is saved
         model.eval()  # without dropout: the sampler has none, and importance weights compare the two
+        sum_in_float32(model)
+        if isinstance(model, PolicyModel) and model.gathered is not None:
+            set_z3_leaf_module(model.gathered, True)
         parameters = [p for p in model.parameters() if p.requires_grad]
         settings = deepspeed_settings(config, 1e-3, weight_decay, max_grad_norm)
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
+        with redirect_stdout(StringIO()):  # DeepSpeed prints the memory it takes
+            self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
         self.objective: Objective | None = None
         self._norm: float | None = None
-        if config.zero_stage == 0:  # without ZeRO, DeepSpeed clips but keeps no norm
+        if not self.engine.zero_optimization():  # then DeepSpeed clips but keeps no norm
             self.engine.clip_fp32_gradients = self._clip
-            # one rank has nothing to add up, but DeepSpeed would copy all gradients into a buffer and back
+        # one rank has nothing to add up, but DeepSpeed would copy all gradients into a buffer and back
+        if config.zero_stage == 0:
             self.engine.enable_backward_allreduce = world > 1
 
-    def step(self, batch: Any, learning_rate: float) -> Metrics:
+    def step(self, batch: Any, learning_rate: float, step: int = 0) -> Metrics:
         """One optimiser step on a batch of the objective."""
         assert self.objective is not None
-        return self.update(
-            self.objective.micro_batches(batch, self.rank, self.world, self.budget), learning_rate
-        )
+        parts = self.objective.micro_batches(batch, self.rank, self.world, self.budget)
+        return self.update(parts, learning_rate, step)
 
-    def update(self, parts: list[MicroBatch], learning_rate: float) -> Metrics:
+    def update(self, parts: list[MicroBatch], learning_rate: float, step: int = 0) -> Metrics:
         """One optimiser step on this rank's micro-batches. Metrics are this rank's part of sums over ranks; grad_norm
-        is the whole gradient's, before clipping."""
+        is the whole gradient's, before clipping.
+
+        Raises:
+            ValueError: a loss or the gradient is not finite; on every rank, before the parameters change.
+        """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         metrics: Metrics = {}
+        wrong = []
         for part in self._even(parts, MicroBatch(_nothing, 0)):
             loss, sums = part.loss(self.engine)
             if not torch.isfinite(loss):
-                raise ValueError(f"the loss is {loss.item()}: lower the learning rate ({learning_rate})")
+                wrong.append(f"the loss of {_listed(part.rows)} is {loss.item()}")
             self.engine.backward(loss * self.world)
             for key, value in sums.items():
                 metrics[key] = metrics.get(key, 0.0) + value
-        self.engine.step()
+        self._refuse(wrong, learning_rate, step)
+        norm = self._stepped()
+        if not math.isfinite(norm):
+            rows = [row for part in parts for row in part.rows]
+            wrong = [f"the gradient of {_listed(rows)} is not finite"] if rows else []
+            self._refuse(wrong, learning_rate, step)
+        metrics["grad_norm"] = norm
+        return metrics
+
+    def _stepped(self) -> float:
+        """The whole gradient's norm, after a step with it; without one, if the norm is not finite."""
+        try:
+            self.engine.step()
+        except _NoStep:
+            return math.nan
         norm = self._norm if self._norm is not None else self.engine.get_global_grad_norm()
         assert norm is not None
-        metrics["grad_norm"] = float(norm)
-        return metrics
+        return float(norm)
+
+    def _refuse(self, wrong: list[str], learning_rate: float, step: int) -> None:
+        """Raises an error if anything is wrong on any rank: the same on all, as none may wait for another."""
+        if self.over_ranks(torch.tensor([len(wrong)])).item() == 0:
+            return
+        every = [wrong]
+        if self.world > 1:
+            every = [[] for _ in range(self.world)]
+            torch.distributed.all_gather_object(every, wrong)
+        first = next(found[0] for found in every if found)
+        raise ValueError(
+            f"step {step + 1}: {first}: the model's weights may hold NaN, or they grew without bound: look at them, or "
+            f"lower the learning rate ({learning_rate})"
+        )
 
     @torch.no_grad()
     def passes(self, batches: list[TokenBatch], call: Pass) -> list[torch.Tensor]:
@@ -174,10 +223,14 @@ class Trainer:
         return everywhere.cpu()
 
     def _clip(self) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.engine.module.parameters(), self.engine.gradient_clipping()
-        )
+        """Of parts of gradients first: a norm of millions of float32 squares, added one by one, is off by 1e-4."""
+        parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+        parts = [part for p in parameters for part in p.grad.flatten().split(2**15)]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts)))
         self._norm = float(norm)
+        if not math.isfinite(self._norm):
+            raise _NoStep
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.engine.gradient_clipping(), norm)
 
     def _even(self, parts: list[Part], empty: Part) -> list[Part]:
         """Every rank's list made as long as the longest, by parts that change nothing."""
@@ -233,8 +286,23 @@ class Trainer:
                 self.model.save_pretrained(path / "adapter", state_dict=adapter)
 
 
+class _NoStep(Exception):
+    """The gradient is not finite, so no step was taken."""
+
+
 def _nothing(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:
+    """An empty micro-batch: it calls what a full one calls, and its gradient is 0."""
     device = next(model.parameters()).device
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return (output if isinstance(output, torch.Tensor) else output[0]).float().sum() * 0.0, {}
+    return output[..., :0].float().sum(), {}
+
+
+def _listed(rows: Sequence[str], most: int = 8) -> str:
+    """The first of some names.
+
+    >>> _listed(["example 3", "example 9", "example 4"], most=2)
+    'example 3, example 9 and 1 more'
+    """
+    more = f" and {len(rows) - most} more" if len(rows) > most else ""
+    return ", ".join(rows[:most]) + more

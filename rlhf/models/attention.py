@@ -117,18 +117,16 @@ class Trial:
 
 @contextmanager
 def tried(model: PreTrainedModel) -> Iterator[Trial]:
-    """Makes the model attend by `attention`; for good, if the block sets `kept`. A model that fails on it keeps its
-    own attention."""
+    """Makes the model attend by `attention`; for good, if the block sets `kept`."""
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     trial = Trial(before is not None and model._can_set_attn_implementation())
     if trial.possible:
         model.set_attn_implementation(NAME)
     try:
         yield trial
-    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError):
-        trial.kept = False
-    if trial.possible and not trial.kept:
-        model.set_attn_implementation(before)
+    finally:
+        if trial.possible and not trial.kept:
+            model.set_attn_implementation(before)
 
 
 def is_ours(model: Any) -> bool:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.learn.batching import attention_window
-from rlhf.models import attention, conversations
+from rlhf.models import attention, conversations, probe
 from rlhf.models.conversations import Row, ScoreBatch
 from rlhf.models.last_layer import LastLayer
 from rlhf.models.load import head_of, usable_positions
 from rlhf.models.precision import cast
+from rlhf.models.reach import Reach
 from rlhf.models.trees import Tree
 from rlhf.native.layers import fuse
 
@@ -29,7 +29,7 @@ class Classifier(torch.nn.Module):
     It takes the first of these ways that gives the same, tried on random tokens (`_choose_way`):
 
     - packed: conversations that begin alike share that beginning, and rows are filled (causal models that take a
-      custom mask; conversations up to `window`, where layers look back no further);
+      custom mask; conversations within a window, where layers look back no further);
     - padded, where body and head can be called apart: the head reads one token of each conversation;
     - padded, as the model does it;
     - one by one.
@@ -43,9 +43,10 @@ class Classifier(torch.nn.Module):
         self.inner = model
         text = model.config.get_text_config()
         self.pad: int | None = getattr(text, "pad_token_id", None)
-        self.window, self.switch = attention_window(model.config), _switch(text)
+        self.reach = Reach.of(model.config)
         self.packs = self.apart = self.pads = self.skips_padding = False
         self.last: LastLayer | None = None
+        self.notes: list[str] = []  # what to tell of how it is called
         _choose_way(self)
 
     def read(self, row: Row) -> np.ndarray:
@@ -112,15 +113,12 @@ def score_rows(
 def batches(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int], budget: int) -> list[ScoreBatch]:
     """Token rows as batches; neighbours of one kin share their beginning, if the classifier packs."""
     read = [classifier.read(row) for row in rows]
-    parts: dict[tuple[bool, bool], list[int]] = {}
-    for i, row in enumerate(read):
-        parts.setdefault((_packable(classifier, row), _far(classifier, row)), []).append(i)
-    several = classifier.apart or classifier.pads
     found = []
-    for (packable, _), part in parts.items():
-        if packable:
+    for part, near in classifier.reach.parts([len(row) for row in read]):
+        if near and classifier.packs:
             found += conversations.packed(read, part, kin, budget)
         else:
+            several = classifier.apart or classifier.pads
             found += conversations.padded(read, part, classifier.pad, budget if several else None)
     return found
 
@@ -130,32 +128,11 @@ def one_batch(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int]) -
     where every row can be, else padded. For classifiers that take more than one row at a time."""
     assert classifier.apart or classifier.pads
     read, every = [classifier.read(row) for row in rows], range(len(rows))
-    if not all(_packable(classifier, row) for row in read):
+    near = classifier.packs and bool(classifier.reach.within(np.array([len(row) for row in read])).all())
+    if not near:
         return conversations.padded_batch(read, every, classifier.pad)
     (batch,) = conversations.packed(read, every, kin, sum(map(len, read)))
     return batch
-
-
-def _packable(classifier: Classifier, row: np.ndarray) -> bool:
-    return classifier.packs and (classifier.window is None or len(row) <= classifier.window)
-
-
-def _far(classifier: Classifier, row: np.ndarray) -> bool:
-    """Whether the row's rotary frequencies are others than those of short ones: of a call the longest decides."""
-    return classifier.switch is not None and len(row) > classifier.switch
-
-
-def _switch(config: Any) -> int | None:
-    """The length beyond which rotary frequencies are others (longrope)."""
-    given = getattr(config, "rope_parameters", None) or {}
-    ropes = [rope for rope in given.values() if isinstance(rope, dict)] or [given]
-    lengths = [r["original_max_position_embeddings"] for r in ropes if r.get("rope_type") == "longrope"]
-    return min(lengths, default=None)
-
-
-def packs(model: PreTrainedModel) -> bool:
-    """Whether the classifier takes packed conversations; its attention is then ours."""
-    return Classifier(model).packs
 
 
 @torch.no_grad()
@@ -204,14 +181,15 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
             raise ValueError(f"{name}: rewards of the same text differ from call to call")
     if not c.packs:
         way = "are padded" if c.apart or c.pads else "are scored one by one"
-        log.warning("%s: conversations %s, as %s", name, way, reason)
+        c.notes.append(f"{name}: conversations {way}, as {reason}")
+        log.warning(c.notes[-1])
 
 
 def _trial(c: Classifier, direct: bool) -> tuple[list[np.ndarray], list[int]]:
     """Random conversations, several to a prompt, within the window: of all lengths, and with padding tokens in the
     middle, at the end and alone, where the head reads one token. Others end with the end token, as real ones do."""
     text = c.inner.config.get_text_config()
-    room = min(n for n in (24, c.window, c.switch, usable_positions(c.inner)) if n is not None)
+    room = min(probe.room(c.reach), usable_positions(c.inner) or probe.SHORT)
     rng, vocabulary = np.random.default_rng(0), getattr(text, "vocab_size", 256)  # without one: characters
     prompts = [rng.integers(vocabulary, size=max(1, n)) for n in (room // 3, 1 if direct else room // 2)]
     lengths = (1, room // 2, room // 4, room // 2) if direct else (room // 4, room // 2, room // 3)

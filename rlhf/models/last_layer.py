@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from rlhf.models import probe
+from rlhf.models.attempt import Failure, attempt
+
+TRIED = 16
+"""Tokens that it is tried on."""
+TOLERANCE = 1e-3
+"""Of their states, relative to the largest."""
+
+log = logging.getLogger(__name__)
 
 
 class LastLayer:
@@ -28,7 +39,9 @@ class LastLayer:
         if mlp is None:
             return
         handles = [mlp.register_forward_pre_hook(self._take), mlp.register_forward_hook(self._put)]
-        if not self._works():
+        fault = self._fault()
+        if fault is not None:
+            log.info("%s: its last MLP computes every token: %s", type(body).__name__, fault)
             for handle in handles:
                 handle.remove()
 
@@ -59,14 +72,17 @@ class LastLayer:
         return everywhere.index_copy(1, self._rows, out)
 
     @torch.no_grad()
-    def _works(self, tolerance: float = 1e-3) -> bool:
-        """Whether the rows asked for are what they are among all, tried on a few tokens."""
+    def _fault(self) -> str | None:
+        """Why the rows asked for are not what they are among all, tried on random tokens; None: they are."""
+        config = self._body.config
+        tokens = torch.from_numpy(probe.sequences([TRIED], config.get_text_config().vocab_size)[0])[None]
         like = next(self._body.parameters())
-        ids = torch.tensor([[0, 1, 1, 0, 1, 0]], device=like.device)
-        rows = torch.tensor([1, 4], device=like.device)
-        try:
-            plain = self.states(None, input_ids=ids)[0, rows]
-            found = self.states(rows, input_ids=ids)[0, rows]
-        except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
-            return False
-        return bool((found - plain).abs().max() <= tolerance * plain.abs().max())
+        ids, rows = tokens.to(like.device), torch.arange(1, TRIED, 3, device=like.device)
+        plain = attempt(lambda: self.states(None, input_ids=ids))
+        if isinstance(plain, Failure):
+            return plain.reason
+        found = attempt(lambda: self.states(rows, input_ids=ids))
+        if isinstance(found, Failure):
+            return found.reason
+        off = (found[0, rows] - plain[0, rows]).abs().max()
+        return None if off <= TOLERANCE * plain[0, rows].abs().max() else "other states"

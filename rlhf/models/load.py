@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ArchitectureConfig
+from rlhf.models.reach import max_positions
 from rlhf.models.source import check_allowed, find_source, find_tokenizer, naming, trusted
 
 if TYPE_CHECKING:
@@ -265,16 +266,6 @@ def new_policy(
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config).eval()
-
-
-def max_positions(config: Any) -> int | None:
-    """The longest sequence a model takes, if its configuration says."""
-    text = config.get_text_config()
-    found = (
-        getattr(text, name, None)
-        for name in ("max_position_embeddings", "n_positions", "max_sequence_length")
-    )
-    return next((int(n) for n in found if n is not None and n > 0), None)  # XLNet says -1
 
 
 def usable_positions(model: PreTrainedModel) -> int | None:

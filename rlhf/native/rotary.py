@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,15 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
+from rlhf.models.attempt import Failure, attempt
 from rlhf.native import LANES, addresses, library, over, takes
 
 NAME = "apply_rotary_pos_emb"
 """What transformers' modelling files call it: a function of each file, found by name at every call."""
 MARK = "rlhf_plain"
 """The attribute of ours that holds theirs."""
+
+log = logging.getLogger(__name__)
 
 
 def fuse_rotary(model: torch.nn.Module) -> None:
@@ -34,9 +38,10 @@ def rotates(module: torch.nn.Module) -> bool:
 
 
 def _ours(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *given: Any, **named: Any) -> Any:
-        if given or named or not _fits(q, k, cos, sin):
-            return theirs(q, k, cos, sin, *given, **named)
+    def apply_rotary_pos_emb(*given: Any, **named: Any) -> Any:
+        if named or len(given) != 4 or not _fits(*given):
+            return theirs(*given, **named)
+        q, k, cos, sin = given
         cos, sin = (x.expand(q.shape[0], -1, -1).contiguous() for x in (cos, sin))
         return Rotated.apply(q, cos, sin), Rotated.apply(k, cos, sin)
 
@@ -44,8 +49,10 @@ def _ours(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return apply_rotary_pos_emb
 
 
-def _fits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+def _fits(q: Any, k: Any, cos: Any, sin: Any) -> bool:
     """q, k: [B, heads, T, width]; cos, sin: [B or 1, T, width]."""
+    if not all(isinstance(x, torch.Tensor) for x in (q, k, cos, sin)):
+        return False
     width = q.shape[-1]
     shaped = q.ndim == k.ndim == 4 and cos.ndim == sin.ndim == 3 and q.shape[2] == k.shape[2] == cos.shape[1]
     return (
@@ -65,9 +72,9 @@ def _same(theirs: Callable[..., Any]) -> bool:
     q, k = numbers.view(2, 3, 4, 32), numbers.flip(0).view(2, 3, 4, 32)
     angles = torch.linspace(0, 9, 2 * 4 * 16).view(2, 4, 16).repeat(1, 1, 2)
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-    try:
-        found = theirs(q, k, cos, sin)
-    except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):
+    found = attempt(lambda: theirs(q, k, cos, sin))
+    if isinstance(found, Failure):
+        log.info("%s.%s is not compiled: %s", theirs.__module__, NAME, found.reason)
         return False
     ours = _ours(theirs)(q, k, cos, sin)
     return all(torch.allclose(a, b, rtol=2e-2, atol=1e-3) for a, b in zip(found, ours, strict=True))

@@ -10,14 +10,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def rlhf(*overrides: str, cwd: Path = ROOT, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    environment["PYTHONPATH"] = str(ROOT)
+COMMAND = [sys.executable, "-m", "rlhf"]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Of a user's shell."""
+    found = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    found["PATH"] = f"{Path(sys.executable).parent}:{found['PATH']}"
+    return found | {"PYTHONPATH": str(ROOT)} | changes
+
+
+def rlhf(
+    *overrides: str, cwd: Path = ROOT, timeout: float = 400, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """changes: of the environment."""
     return subprocess.run(
-        [sys.executable, "-m", "rlhf", *overrides],
+        [*COMMAND, *overrides],
         cwd=cwd,
-        env=environment,
+        env=environment(**changes),
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -87,9 +87,14 @@ json.dump(out, sys.stdout)
 
 
 def test_plain_transformers_reproduces_the_recorded_scores(run):
-    """The saved models, in another process and without this package, on the recorded samples."""
+    """The saved models, in another process and without this package, on the recorded samples.
+
+    Special tokens that were sampled within a response are left out: plain transformers reads their spelling as
+    the tokens, a reward model here as text."""
     samples = load_samples(run / "evaluate" / "aligned.npz")
-    places = [(p, i) for p in range(0, len(samples.prompts), 5) for i in range(2) if samples.finished[p, i]]
+    some = [(p, i) for p in range(0, len(samples.prompts), 5) for i in range(2)]
+    places = [(p, i) for p, i in some if samples.finished[p, i] and "<" not in samples.texts[p][i]]
+    assert len(places) > 0.7 * len(some)
     rows = [(samples.prompts[p], samples.texts[p][i]) for p, i in places]
     done = subprocess.run(
         [sys.executable, "-I", "-c", SCORES, str(run)], input=json.dumps(rows), capture_output=True, text=True
@@ -99,7 +104,7 @@ def test_plain_transformers_reproduces_the_recorded_scores(run):
     for name in ("helpful", "harmless"):
         recorded = [samples.rewards[name][p, i] for p, i in places]
         np.testing.assert_allclose(found[name], recorded, atol=1e-4)
-    # The text of a response that has a special token within it is not the whole of what was sampled.
+    # The same text can be sampled in other tokens than the tokenizer's: a word in two, for example.
     whole = np.array([samples.lengths[p, i] for p, i in places]) == found["lengths"]
     assert whole.mean() > 0.8
     recorded = np.array([samples.log_ratio[p, i] for p, i in places])

@@ -1,5 +1,7 @@
 """What a stage's output is named by: everything that it depends on, and nothing else."""
 
+import json
+
 import pytest
 
 from actors.artifacts import Artifacts
@@ -42,3 +44,43 @@ def names(tmp_path_factory):
 def test_a_setting_changes_the_names_of_what_depends_on_it(names, override, changed):
     before, after = names(), names(override)
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_a_change_in_any_of_several_files_changes_the_names(tmp_path):
+    def put(name: str, *words: str) -> None:
+        rows = [
+            {"prompt": f"{word} ?", "completion": "yes", "chosen": "yes", "rejected": "no"} for word in words
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def of() -> tuple[str, dict[str, str], dict[str, str]]:
+        reward = {"init_from": "r", "preferences": f"{tmp_path}/shard*.jsonl"}
+        overrides = [
+            f"{group}.helpful.{k}={v}" for group in ("reward_models", "evaluators") for k, v in reward.items()
+        ]
+        made = config(
+            *("data=files", f"data.prompts={tmp_path}/p.jsonl", "data.eval_size=1", "policy.init_from=p"),
+            *(
+                "evaluators=microcosm",
+                "reward_models.harmless.path=s",
+                *overrides,
+                "evaluators.harmless.path=s",
+            ),
+            f"data.demonstrations=[{tmp_path}/shard1.jsonl,{tmp_path}/shard2.jsonl]",
+        )
+        store = Store(tmp_path / "store")
+        artifacts = Artifacts(made, prepare(made, store), store)
+        return artifacts.policy_name, artifacts.reward_names, artifacts.evaluator_names
+
+    put("p.jsonl", "a", "b")
+    put("shard1.jsonl", "c")
+    put("shard2.jsonl", "d")
+    first, again = of(), of()
+    put("shard2.jsonl", "e")
+    changed = of()
+    put("shard3.jsonl", "f")  # matches the pattern, and is not in the list
+    more = of()
+    assert first == again
+    assert [a != b for a, b in zip(first, changed, strict=True)] == [True, True, True]
+    assert [a != b for a, b in zip(changed, more, strict=True)] == [False, True, True]
+    assert more[1]["harmless"] == first[1]["harmless"]

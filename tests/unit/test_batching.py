@@ -17,9 +17,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from rlhf.learn.batching import attention_window, by_length, pack, pad, takes_packing
+from rlhf.learn.batching import by_length, pack, packing_fault, pad
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
 from rlhf.models.load import load_policy
+from rlhf.models.reach import attention_window
 from rlhf.models.trees import places
 from rlhf.types import Ragged
 from tests.tiny import config
@@ -141,7 +142,7 @@ def test_prompts_are_shared_and_rows_filled():
 def test_packing_is_exact_on_other_architectures(model_config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config).eval()
-    assert takes_packing(model, 30, tolerance=1e-4)
+    assert packing_fault(model) is None
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_packing_is_exact_on_other_architectures(model_config):
 )
 @torch.no_grad()
 def test_layout_is_exact_within_and_beyond_a_sliding_window(model_config, window):
-    """A custom mask replaces the window, so longer sequences are not packed."""
+    """Trees know no window, so longer sequences, and only they, are not packed."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config).eval()
     assert attention_window(model.config) == window
@@ -170,8 +171,9 @@ def test_layout_is_exact_within_and_beyond_a_sliding_window(model_config, window
         for batch in batches:
             flat[batch.index.numpy()] = token_logprobs(policy, batch).numpy()
         np.testing.assert_allclose(flat, one_by_one(plain, prompts, responses, group, 1.0), atol=1e-4)
-        packed = batches[0].trees is not None
-        assert packed == (window is None or max(lengths) + 4 <= window)
+        packed = {int(row) for batch in batches if batch.trees is not None for row in batch.rows}
+        whole = [int(prompts.lengths[g]) + n for g, n in zip(group, lengths, strict=True)]
+        assert packed == {row for row, n in enumerate(whole) if window is None or n <= window}
 
 
 class Deaf(LlamaForCausalLM):
@@ -184,7 +186,7 @@ class Deaf(LlamaForCausalLM):
 def test_a_model_that_ignores_the_trees_is_found_out():
     torch.manual_seed(0)
     model = Deaf(config(30)).eval()
-    assert not takes_packing(model, 30)
+    assert "nats off" in packing_fault(model)
     assert model.config._attn_implementation == "sdpa"  # as it was
 
 

@@ -11,8 +11,9 @@ import sys
 import pytest
 
 from rlhf.data.demonstrations import Demonstration, load_demonstrations
+from rlhf.data.messages import parse_transcript
 from rlhf.data.preferences import Preference, load_preferences
-from rlhf.data.prompts import load_prompts, parse_transcript
+from rlhf.data.prompts import load_prompts
 from rlhf.data.rows import Row, read_rows
 from rlhf.types import Prompt
 
@@ -147,7 +148,7 @@ def test_a_hub_name_that_cannot_be_loaded(monkeypatch):
             'p.json, row 2: expected an object such as {"prompt": "..."}, found a number',
         ),
         ("p.parquet", "text", "p.parquet: this file is not Parquet ("),
-        ("p.csv", "a,b", "p.csv: unknown extension '.csv'; accepted: .jsonl,"),
+        ("p.arrow", "a,b", "p.arrow: unknown extension '.arrow'; accepted: .jsonl,"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, text, message):
@@ -284,11 +285,11 @@ NO_PROMPT = "no prompt: expected 'prompt', 'messages', or both 'chosen' and 'rej
         ({"prompt": [user(" ")]}, "the prompt is empty"),
         ({"messages": [assistant("a")]}, "the prompt is empty"),
         ({"prompt": "\n\nHuman:\n\nAssistant:"}, "the prompt is empty"),
-        ({"prompt": 3}, "'prompt' must be text or messages, not 3"),
+        ({"prompt": 3}, "'prompt' must be text or a list of messages, not 3"),
         ({"prompt": []}, "'prompt' must be messages such as"),
         ({"messages": "a"}, "'messages' must be messages such as"),
         (
-            {"prompt": [user("a"), assistant("b")]},
+            {"messages": [user("a"), assistant("b"), assistant("c")]},
             "the last message of a prompt must be the user's, not the assistant's",
         ),
         (
@@ -302,7 +303,7 @@ NO_PROMPT = "no prompt: expected 'prompt', 'messages', or both 'chosen' and 'rej
         ),
         (
             {"prompt": [{"role": "human", "content": "b"}]},
-            "'prompt', message 1: the role must be 'system', 'user' or 'assistant', not 'human'",
+            "'prompt', message 1: the role must be 'system', 'developer', 'user', 'assistant' or 'tool', not 'human'",
         ),
         (
             {"prompt": [{"role": "user", "content": None}]},
@@ -377,7 +378,7 @@ def test_demonstration_formats(row, prompt, response):
         ),
         (
             {"prompt": TALK, "completion": [user("b"), assistant("c")]},
-            "'completion' must be the prompt's messages and one",
+            "'completion' must be what the assistant says after the prompt's last message",
         ),
         ({"prompt": "a", "completion": 3}, "'completion' must be messages such as"),
         (
@@ -419,6 +420,37 @@ HH_TALK = TALK[1:]
         ({"chosen": HH_PROMPT + " A", "rejected": HH_PROMPT + " "}, HH_TALK, "A", ""),
         ({"prompt": HH_PROMPT, "chosen": " A", "rejected": " B"}, HH_TALK, "A", "B"),
         ({"prompt": HH_PROMPT, "chosen": HH_PROMPT + " A", "rejected": HH_PROMPT + " B"}, HH_TALK, "A", "B"),
+        # conversations that part before the last turn
+        (
+            {"chosen": HH_PROMPT + " A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"},
+            [user("Hi")],
+            [assistant("Hello."), user("How are you?"), assistant("A")],
+            "B",
+        ),
+        (
+            {
+                "chosen": [*TALK, assistant("A")],
+                "rejected": [*TALK[:2], assistant("Hm."), user("?"), assistant("B")],
+            },
+            TALK[:2],
+            [assistant("Hello."), user("How are you?"), assistant("A")],
+            [assistant("Hm."), user("?"), assistant("B")],
+        ),
+        (  # the assistant is not asked between the shared turn of the user and the next
+            {
+                "chosen": [user("a"), assistant("b"), user("c"), user("d"), assistant("A")],
+                "rejected": [user("a"), assistant("b"), user("c"), user("e"), assistant("B")],
+            },
+            [user("a")],
+            [assistant("b"), user("c"), user("d"), assistant("A")],
+            [assistant("b"), user("c"), user("e"), assistant("B")],
+        ),
+        (
+            {"prompt": "Hi", "chosen": [assistant("A"), user("b"), assistant("C")], "rejected": "B"},
+            [user("Hi")],
+            [assistant("A"), user("b"), assistant("C")],
+            "B",
+        ),
     ],
 )
 def test_preference_formats(row, prompt, chosen, rejected):
@@ -441,16 +473,12 @@ SAME = "'chosen' and 'rejected' are the same response; leave the row out"
             "found the keys 'prompt', 'chosen'",
         ),
         (
-            {"chosen": HH_PROMPT + " A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"},
-            "'chosen' must be the prompt's messages and one assistant message",
-        ),
-        (
             {"chosen": TALK, "rejected": [*TALK, assistant("B")]},
             "'chosen' must end with the assistant's message, not the user's",
         ),
         (
             {"prompt": "Hi", "chosen": [user("Ho"), assistant("A")], "rejected": "B"},
-            "'chosen' must be the prompt's messages and one",
+            "'chosen' must be what the assistant says after the prompt's last message",
         ),
         (
             {"prompt": TALK, "chosen": [{"role": "assistant"}], "rejected": "B"},
@@ -511,7 +539,7 @@ def test_conversations_round_trip_through_every_store(tmp_path, load):
 
 
 def test_modules_import_without_the_heavy_libraries():
-    modules = ("chat", "demonstrations", "preferences", "prompts", "rows")
+    modules = ("chat", "demonstrations", "messages", "preferences", "prompts", "responses", "rows")
     code = "import sys\n" + "\n".join(f"import rlhf.data.{m}" for m in modules)
     heavy = {"torch", "transformers", "datasets", "pyarrow", "jinja2"}
     code += f"\nsys.exit(' '.join({heavy} & set(sys.modules)) or None)"

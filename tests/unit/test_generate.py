@@ -55,7 +55,7 @@ def test_rollouts_are_well_formed(engine):
         assert (tokens[-1] == eos) == rollouts.finished[b]
         assert eos not in tokens[:-1]
         assert rollouts.finished[b] or len(tokens) == 12
-        assert engine.chat.tokenizer.decode(tokens, skip_special_tokens=True) == text
+        assert engine.chat.tokenizer.decode(tokens[:-1] if rollouts.finished[b] else tokens) == text
     assert rollouts.prompt_tokens[1].tolist() == engine.chat.prompt_tokens(PROMPTS[1])
 
 

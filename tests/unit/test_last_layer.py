@@ -31,7 +31,7 @@ def test_states_and_gradients_are_those_of_the_whole(config):
         gradient = torch.cat([p.grad.flatten() for p in body.parameters() if p.grad is not None])
         results.append((states, gradient, flops.get_total_flops()))
     for whole, part in zip(results[0][:2], results[1][:2], strict=True):
-        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(part, whole, atol=1e-4, rtol=1e-4)
     assert results[1][2] < results[0][2]
     again = body(input_ids=ids, use_cache=False).last_hidden_state[0, rows]  # all rows again
     torch.testing.assert_close(again, results[0][0], atol=1e-5, rtol=1e-4)

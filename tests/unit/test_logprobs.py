@@ -51,7 +51,7 @@ def test_packed_logprobs_and_gradients_equal_single_sequences(model_config, bloc
     plain = AutoModelForCausalLM.from_config(model_config).eval()
     policy = PolicyModel(copy.deepcopy(plain))
     prompts, responses, group = examples()
-    assert policy.lay is pack or model_config.model_type in ("mistral", "gemma2")  # these have windows
+    assert policy.lay.packs
     assert policy.by_chunks
     batches = policy.lay(prompts, responses, group, range(6), 40)
     assert len(batches) > 1

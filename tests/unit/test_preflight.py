@@ -9,7 +9,7 @@ import pytest
 from actors.preflight import preflight
 from actors.resources import check_offer
 from rlhf.store import Store
-from tests.tiny import save_reward_model
+from tests.tiny import save_policy, save_reward_model
 from tests.unit.test_config import config
 
 
@@ -43,6 +43,19 @@ def test_good_input_passes_and_holds_out(given):
     data = given(GOOD)
     assert (len(data.prompts), len(data.eval_prompts)) == (2, 1)
     assert not {p.id for p in data.prompts} & {p.id for p in data.eval_prompts}
+
+
+def test_several_files_and_numbers_from_csv(given, tmp_path):
+    rows = [["what is tea ?", 1], ["what is bread ?", "-0.5"]]
+    for name, (text, number) in zip(("a.csv", "b.csv"), rows, strict=True):
+        talk = json.dumps(prompt(text)["prompt"]).replace('"', '""')
+        (tmp_path / name).write_text(f'prompt,r\n"{talk}",{number}\n')
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({**GOOD[2], "r": 2.5}))
+    reference = ["reward_models.helpful.reference=column", "reward_models.helpful.column=r"]
+    sources = [f"data.prompts={tmp_path}/*.csv", f"data.eval_prompts=[{tmp_path}/held_out.jsonl]"]
+    data = given(GOOD, *sources, *reference)
+    assert [p.content for p in [*data.prompts, *data.eval_prompts]] == [row["prompt"] for row in GOOD]
+    assert [value for _, value in data.column("r")] == [1.0, -0.5, 2.5]
 
 
 def test_missing_and_empty_files(given, tmp_path):
@@ -82,6 +95,25 @@ def test_reward_model_with_two_labels(given, tmp_path):
         ValueError, match=r"reward_models.helpful.path=.*: a reward model has one label, .* has 2"
     ):
         given(GOOD, f"reward_models.helpful.path={folder}")
+
+
+def test_tokens_beyond_an_embedding_table_name_model_token_and_size(given, tmp_path):
+    small, padded = (save_policy(tmp_path / str(rows), vocab_size=rows) for rows in (20, 64))
+    demonstrations = tmp_path / "demonstrations.jsonl"
+    demonstrations.write_text(json.dumps(GOOD[0] | {"completion": [{"role": "assistant", "content": "yes"}]}))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "what", "chosen": " yes", "rejected": " no"}))
+    trained = ["policy.path=null", f"data.demonstrations={demonstrations}"]
+    helpful = ["reward_models.helpful.path=null", f"reward_models.helpful.preferences={pairs}"]
+    refused = r"its tokenizer uses the token 'open' \(20\), but its embedding table has 20 rows"
+    for owner, key, others in (
+        ("policy", "policy.path", []),
+        ("policy", "policy.init_from", trained),
+        ("reward model 'helpful'", "reward_models.helpful.init_from", helpful),
+    ):
+        with pytest.raises(ValueError, match=f"^{owner}: {refused}"):
+            given(GOOD, *others, f"{key}={small}")
+        given(GOOD, *others, f"{key}={padded}")
 
 
 def test_a_causal_model_as_reward_model(given, policy_folder):

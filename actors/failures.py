@@ -1,0 +1,143 @@
+"""What Ray's errors mean here: work that ended with a process or a node is done again, any other error is told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from rlhf.flow.fleet import TRIES
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 60.0
+"""Seconds after which the log says what is waited for."""
+
+DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+EXPLAINS = 10.0  # seconds in which a rank's death becomes known after the errors of those that waited for it
+
+
+def root(error: BaseException) -> BaseException:
+    """The error itself, of whichever process; not those of the calls it came through."""
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    return error
+
+
+def died(error: BaseException) -> bool:
+    """Whether the called process ended, and not one that it called."""
+    return isinstance(error, DEATHS) and not isinstance(error, RayTaskError)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether a process, or an object with its node, was lost on the way."""
+    return isinstance(root(error), (*DEATHS, ObjectLostError))
+
+
+def short(error: BaseException) -> str:
+    """The kind of an error and its first words."""
+    words = str(root(error)).strip().splitlines() or [""]
+    return f"{type(root(error)).__name__}: {words[0][:200]}"
+
+
+class Call:
+    """A call under way. One that was lost is made again; `TRIES` times in all."""
+
+    def __init__(self, what: str, start: Callable[[], ray.ObjectRef]) -> None:
+        self._what, self._start = what, start
+        self._ref = start()
+
+    def result(self) -> Any:
+        """
+        Raises:
+            ValueError: it was lost each time.
+        """
+        for _ in range(TRIES - 1):
+            try:
+                return ray.get(self._ref)
+            except RayError as error:
+                if not lost(error):
+                    raise
+                self._ref = self._start()
+        try:
+            return ray.get(self._ref)
+        except RayError as error:
+            if not lost(error):
+                raise
+            raise ValueError(f"{self._what} was lost {TRIES} times ({short(error)})") from error
+
+
+def fetched(references: Sequence[ray.ObjectRef]) -> list[Any]:
+    """The values of references; in the place of a lost one its error."""
+    try:
+        return ray.get(list(references))
+    except RayError as error:
+        if not lost(error):
+            raise
+    values: list[Any] = []
+    for reference in references:
+        try:
+            values.append(ray.get(reference))
+        except RayError as error:
+            if not lost(error):
+                raise
+            values.append(error)
+    return values
+
+
+def tell_if_late(calls: Sequence[ray.ObjectRef], who: str, what: str) -> None:
+    """Says in the log what is waited for, if it lasts."""
+    _, late = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE)
+    if late:
+        log.warning("%d of %d %s %s after %.0f s: is there room?", len(late), len(calls), who, what, PATIENCE)
+
+
+def of_ranks(calls: Sequence[ray.ObjectRef]) -> list[Any]:
+    """What the learner's ranks answer.
+
+    A rank that ends leaves the others waiting for it for ever, or with an error of their connection to it: neither is
+    waited for.
+
+    Raises:
+        ValueError: a rank has ended.
+    """
+    try:
+        return ray.get(list(calls))
+    except RayError as error:
+        raise rank_error(calls, error) from error
+
+
+def rank_error(calls: Sequence[ray.ObjectRef], error: RayError) -> Exception:
+    """The error to raise for one of a call of all ranks: a rank's death, before what the others say of it."""
+    if not died(error) and len(calls) > 1:
+        ray.wait(list(calls), num_returns=len(calls), timeout=EXPLAINS)
+    for rank, call in enumerate(calls):
+        found = _error(call)
+        if found is not None and died(found):
+            return ValueError(
+                f"learner rank {rank} of {len(calls)} ended ({short(found)}); the log of its node says why: often too "
+                "little memory, and a lower deepspeed.micro_batch_tokens or a higher ZeRO stage need less"
+            )
+    return error
+
+
+def _error(call: ray.ObjectRef) -> RayError | None:
+    """The error of a call, if it has ended with one by now."""
+    if not ray.wait([call], timeout=0)[0]:
+        return None
+    try:
+        ray.get(call)
+    except RayError as error:
+        return error
+    return None
