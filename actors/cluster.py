@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import tempfile
 import time
 from pathlib import Path
@@ -46,7 +47,13 @@ class Cluster:
                 configure_logging=False,
                 **options,
             )
-        except (ConnectionError, RuntimeError) as error:
+        except Exception as error:
+            if type(error) not in (
+                Exception,
+                RuntimeError,
+                ConnectionError,
+            ):  # Ray's own words for what is wrong
+                raise
             where = "Ray does not start on this machine" if given is None else "=".join(given)
             raise ValueError(f"{where}: {error}") from error
         offer = ray.cluster_resources()
@@ -74,6 +81,9 @@ def _settle(dashboard: bool) -> None:
     os.environ.setdefault("RAY_event_stats", "0")
     if not dashboard:
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # the list of tasks
+        # of this run alone: Ray would keep one in the home folder, which may be read-only, or none
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
