@@ -16,6 +16,7 @@ from actors.address import check_cluster, given_address
 from actors.resources import check_offer
 from rlhf.config import Config
 
+IN_WORDS = (Exception, RuntimeError, ConnectionError)  # what `ray.init` raises when it says what is wrong
 SOCKET = 107  # bytes of a socket's path, at most
 IN_FOLDER = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray makes
 
@@ -48,11 +49,7 @@ class Cluster:
                 **options,
             )
         except Exception as error:
-            if type(error) not in (
-                Exception,
-                RuntimeError,
-                ConnectionError,
-            ):  # Ray's own words for what is wrong
+            if type(error) not in IN_WORDS:
                 raise
             where = "Ray does not start on this machine" if given is None else "=".join(given)
             raise ValueError(f"{where}: {error}") from error
