@@ -58,8 +58,8 @@ class Generator:
             self._progress += 1  # there is nothing to stand still
         return self._progress
 
-    async def load(self, policy: str) -> None:
-        """Takes the weights of a saved policy, as version 0."""
+    async def load(self, policy: str) -> list[str]:
+        """Takes the weights of a saved policy, as version 0; what to tell of how it is sampled."""
         from rlhf.data.chat import ChatFormat
         from rlhf.generate.transformers_engine import TransformersEngine
         from rlhf.models.load import load_policy, load_tokenizer
@@ -69,7 +69,7 @@ class Generator:
         set_threads(self._role.cpus)  # of the thread that samples
         chat = ChatFormat(load_tokenizer(policy, "policy.path"), "policy", self._template)
         device = "cuda" if self._role.gpus > 0 else "cpu"
-        self._engine = TransformersEngine(
+        engine = self._engine = TransformersEngine(
             load_policy(policy),
             chat,
             self._rollout.max_new_tokens,
@@ -78,6 +78,7 @@ class Generator:
             device=device,
             dtype=self._rollout.dtype,
         )
+        return engine.notes
 
     async def set_weights(self, weights: Any, version: int) -> bool:
         """Takes published weights; False if this process was restarted and has no policy yet."""

@@ -65,6 +65,7 @@ class Link:
         self._look = self._ask = 0.0  # when to do so next
         self._ends = 0  # since it could be given work last
         self._away = _Away()
+        self.notes: tuple[str, ...] = ()  # what its engine says of how the policy is sampled
 
     @property
     def pending(self) -> list[ray.ObjectRef]:
@@ -127,6 +128,7 @@ class Link:
         elif call.policy is not policy:
             pass  # another is to be loaded by now
         elif call.what == "load":
+            self.notes = tuple(answer)
             self._fleet.join(self.number)
         elif answer:
             self._fleet.pull_ended(self.number, call.version)

@@ -91,6 +91,11 @@ class GeneratorPool:
         self._fleet.forget()
 
     @property
+    def notes(self) -> list[str]:
+        """What to tell of how the policy is sampled."""
+        return list(dict.fromkeys(note for link in self._links for note in link.notes))
+
+    @property
     def version(self) -> int:
         """What is sampled from now on is of this version at least."""
         return self._fleet.version

@@ -89,16 +89,18 @@ class LearnerRank:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
 
-    def load(self, task: Task, weight_decay: float, max_grad_norm: float) -> None:
+    def load(self, task: Task, weight_decay: float, max_grad_norm: float) -> list[str]:
+        """What to tell of how the model is computed."""
         model, objective = task.build(self._device)
         self.trainer = self._trainer(model, weight_decay, max_grad_norm)
         self.trainer.objective = objective
+        return model.notes
 
-    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> bool:
+    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> list[str]:
         make = partial(self._trainer, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.aligner = task.start(self._device, make)
         self.trainer, self._weights = self.aligner.policy, None
-        return self.aligner.shares_prompts
+        return self.aligner.notes
 
     @property
     def _device(self) -> str:
@@ -185,18 +187,20 @@ class LearnerGroup:
         of_ranks([rank.join.remote(address, self._port or free) for rank in self.ranks])
         self._joined = True
 
-    def load(self, task: Task, weight_decay: float, max_grad_norm: float = 1.0) -> None:
+    def load(self, task: Task, weight_decay: float, max_grad_norm: float = 1.0) -> list[str]:
+        """What to tell of how the model is computed: the same on every rank."""
         if not self._joined:
             self._join()
-        of_ranks([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
+        notes, *_ = of_ranks([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
+        return notes
 
-    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> bool:
-        """Whether the policy's passes share prompts."""
+    def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> list[str]:
+        """As `load`, of the policy, the reference and the critic."""
         if not self._joined:
             self._join()
-        return all(
-            of_ranks([rank.load_policy.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
-        )
+        loading = [rank.load_policy.remote(task, weight_decay, max_grad_norm) for rank in self.ranks]
+        notes, *_ = of_ranks(loading)
+        return notes
 
     def fit(
         self, data: ray.ObjectRef, training: TrainingConfig, seed: int, start: int, stop: int

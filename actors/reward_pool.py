@@ -59,6 +59,10 @@ class RewardModel:
         """Why the model cannot be used; None: it can."""
         return None if self._fault is None else str(self._fault)
 
+    def notes(self) -> list[str]:
+        """What to tell of how the model is called."""
+        return self._ready().classifier.notes
+
     def _ready(self) -> RewardScorer:
         if self._fault is not None:
             raise self._fault
@@ -87,6 +91,11 @@ class RewardIngress:
         """Why models cannot be used; empty: they can."""
         found = await asyncio.gather(*(self._call(m, "fault") for m in self._models))
         return [fault for fault in found if fault is not None]
+
+    async def notes(self) -> list[str]:
+        """What to tell of how models are called."""
+        found = await asyncio.gather(*(self._call(m, "notes") for m in self._models))
+        return [note for notes in found for note in notes]
 
     async def raw(self, rollouts: list[ray.ObjectRef]) -> np.ndarray:
         """Raw rewards of one `Rollouts`, float32 [B, M]."""
@@ -170,6 +179,7 @@ class RewardPool:
             faults = self._handle.faults.remote().result()
             if faults:
                 raise ValueError("; ".join(faults))
+            self.notes: list[str] = self._handle.notes.remote().result()
         except BaseException:
             self.stop()  # or the replicas that started would keep their CPUs
             raise

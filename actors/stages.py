@@ -180,14 +180,14 @@ class Job:
         )
         with self.view.stage("align", c.align.steps) as progress:
             self.roles.baseline.ask("load", str(self.artifacts.statistics_path))
-            if not self.roles.learner.load_policy(task, c.align.weight_decay, c.align.max_grad_norm):
-                self.view.line(
-                    "align: the attention of the policy or its critic cannot be replaced: prompts are computed for "
-                    "each response, and rows are padded"
-                )
+            notes = self.roles.learner.load_policy(task, c.align.weight_decay, c.align.max_grad_norm)
             self.roles.generators.load(self.artifacts.policy_path)
+            notes = list(dict.fromkeys([*notes, *self.roles.generators.notes, *self.roles.rewards.notes]))
+            for note in notes:
+                self.view.line(note)
 
             def fill(folder: Path) -> None:
+                write_atomic(folder / "notes.json", json.dumps(notes, indent=1))
                 writer = MetricsWriter(folder, c.logging.tensorboard)
 
                 def on_step(metrics: dict[str, float]) -> None:

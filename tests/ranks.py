@@ -27,9 +27,8 @@ from rlhf.learn.critic import ValueModel
 from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import BradleyTerry, MicroBatch, PreferencePairs, Supervised, TokenPairs
 from rlhf.learn.trainer import Trainer
-from rlhf.models.classifier import Classifier, packs
+from rlhf.models.classifier import Classifier
 from rlhf.models.lora import adapter_off, with_adapter
-from rlhf.models.reach import Reach
 from rlhf.types import Experience, Ragged, Rewards, Rollouts
 
 WORDS = 500
@@ -168,7 +167,8 @@ def aligned(
     lay, critic = policy.lay, None
     if settings.critic is not None:
         value = ValueModel(classifier())
-        lay = lay.both(Layout(packs(value.inner), Reach.of(value.inner.config)))
+        tried = Classifier(value.inner)
+        lay = lay.both(Layout(tried.packs, tried.reach))
         critic = at.trainer(value, 64)
     trainer = at.trainer(policy, 64)
     aligner = Aligner(trainer, reference, critic, settings, 800, lay)

@@ -42,6 +42,7 @@ class RunRecord:
     best_of: Sequence[BestOf] = ()  # best-of-n of the base samples, chosen by the utility that was maximised
     no_best_of: str = ""  # why there is none, if it was asked for
     busy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # `rlhf.timeline.shares` of align
+    notes: Sequence[str] = ()  # which faster ways models were too particular for, and why
 
 
 _ARRAYS = ("prompt_ids", "lengths", "finished", "log_ratio")

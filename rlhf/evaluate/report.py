@@ -16,6 +16,7 @@ summary.json (keys sorted, no NaN):
     prompts, samples, clusters, cluster_by      evaluation prompts, responses to each of them by the aligned
                                         policy, and what the intervals draw: topics or prompts
     seconds.{STAGE, total}, skipped, versions.PACKAGE
+    notes                               slower ways that were taken, and why
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def summary(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> dict[s
         "judge": "reward_models" if words.judged_by_rewards(run.aligned) else "own",
         "seconds": dict(run.seconds),
         "skipped": list(dict.fromkeys(run.skipped)),
+        "notes": list(run.notes),
         "versions": dict(run.versions),
     }
     for key, value in _leaves(found):

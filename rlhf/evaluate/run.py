@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def run_record(
         best_of=chosen,
         no_best_of=why_not,
         busy=_busy(align / "timeline.json"),
+        notes=json.loads((align / "notes.json").read_text()),
     )
 
 

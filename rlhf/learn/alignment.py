@@ -58,15 +58,12 @@ class Aligner:
         settings: AlgorithmConfig,
         max_new_tokens: int,
         lay: Layout,
+        notes: Sequence[str] = (),
     ) -> None:
         assert (critic is not None) == (settings.advantage == "gae")
         self.policy, self.reference, self.critic = policy, reference, critic
         self._settings, self._limit, self._lay = settings, max_new_tokens, lay
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether prompts are computed once and nothing is padded, of sequences within a sliding window."""
-        return self._lay.packs
+        self.notes = list(notes)  # what to tell of how the models are computed
 
     def step(
         self,

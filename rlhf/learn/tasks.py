@@ -17,16 +17,15 @@ from rlhf.learn.critic import ValueModel
 from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import BradleyTerry, Objective, Supervised
 from rlhf.learn.trainer import Trainer
-from rlhf.models.classifier import Classifier, packs
+from rlhf.models.classifier import Classifier
 from rlhf.models.load import load_policy, load_tokenizer, new_policy, new_reward_model
 from rlhf.models.lora import adapter_off, with_adapter
 from rlhf.models.packed import pack
 from rlhf.models.precision import cast, dtype_of
-from rlhf.models.reach import Reach
 
 
 class Task(Protocol):
-    def build(self, device: str) -> tuple[torch.nn.Module, Objective]:
+    def build(self, device: str) -> tuple[PolicyModel | Classifier, Objective]:
         """The model to train, on `device`, and its objective."""
 
 
@@ -37,7 +36,7 @@ class SupervisedTask:
     tokenizer: str  # folder
     seed: int
 
-    def build(self, device: str) -> tuple[torch.nn.Module, Objective]:
+    def build(self, device: str) -> tuple[PolicyModel | Classifier, Objective]:
         tokenizer = load_tokenizer(self.tokenizer, "policy.init_from")
         if self.init_from is None:
             model = new_policy(self.architecture, tokenizer, self.seed)
@@ -53,7 +52,7 @@ class BradleyTerryTask:
     init_from: str
     seed: int
 
-    def build(self, device: str) -> tuple[torch.nn.Module, Objective]:
+    def build(self, device: str) -> tuple[PolicyModel | Classifier, Objective]:
         key = f"{self.key}.init_from"
         pad_token = load_tokenizer(self.init_from, key).pad_token_id
         model = new_reward_model(self.init_from, key, self.seed, pad_token).to(device)
@@ -77,7 +76,7 @@ class AlignTask:
         if self.lora is not None:
             model = with_adapter(model, self.lora, self.seed)
         policy = PolicyModel(model)
-        lay = policy.lay
+        lay, notes = policy.lay, list(policy.notes)
         reference = None
         if self.penalise and self.lora is not None:
             reference = ReferencePolicy(None, lambda: adapter_off(model))
@@ -92,9 +91,11 @@ class AlignTask:
             key = "algorithm.critic.init_from"
             pad = load_tokenizer(start, key).pad_token_id
             value = ValueModel(new_reward_model(start, key, self.seed, pad).to(device))
-            lay = lay.both(Layout(packs(value.inner), Reach.of(value.inner.config)))
+            tried = Classifier(value.inner)
+            lay = lay.both(Layout(tried.packs, tried.reach))
+            notes += [f"critic: {note}" for note in tried.notes]
             critic = trainer(value)
-        return Aligner(trainer(policy), reference, critic, self.settings, self.max_new_tokens, lay)
+        return Aligner(trainer(policy), reference, critic, self.settings, self.max_new_tokens, lay, notes)
 
 
 def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> np.ndarray:

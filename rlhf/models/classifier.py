@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from rlhf.models import attention, conversations, probe
 from rlhf.models.conversations import Row, ScoreBatch
 from rlhf.models.last_layer import LastLayer
-from rlhf.models.load import head_of
+from rlhf.models.load import head_of, usable_positions
 from rlhf.models.precision import cast
 from rlhf.models.reach import Reach
 from rlhf.models.trees import Tree
@@ -46,13 +46,14 @@ class Classifier(torch.nn.Module):
         self.reach = Reach.of(model.config)
         self.packs = self.apart = self.pads = self.skips_padding = False
         self.last: LastLayer | None = None
+        self.notes: list[str] = []  # what to tell of how it is called
         _choose_way(self)
 
     def read(self, row: Row) -> np.ndarray:
         """The tokens up to the one whose state is the reward: the last whose id is not the padding token's, however
         it got there (the first of a conversation of nothing else); without a padding token, the last."""
         tokens = np.asarray(row, np.int32)
-        if not self.skips_padding:
+        if not self.skips_padding or tokens[-1] != self.pad:
             return tokens
         kept = np.flatnonzero(tokens != self.pad)
         return tokens[: kept[-1] + 1 if len(kept) else 1]
@@ -134,11 +135,6 @@ def one_batch(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int]) -
     return batch
 
 
-def packs(model: PreTrainedModel) -> bool:
-    """Whether the classifier takes packed conversations; its attention is then ours."""
-    return Classifier(model).packs
-
-
 @torch.no_grad()
 def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
     """Finds how the classifier is called, by the rewards of random conversations: those of a way that is taken differ
@@ -185,14 +181,15 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
             raise ValueError(f"{name}: rewards of the same text differ from call to call")
     if not c.packs:
         way = "are padded" if c.apart or c.pads else "are scored one by one"
-        log.warning("%s: conversations %s, as %s", name, way, reason)
+        c.notes.append(f"{name}: conversations {way}, as {reason}")
+        log.warning(c.notes[-1])
 
 
 def _trial(c: Classifier, direct: bool) -> tuple[list[np.ndarray], list[int]]:
     """Random conversations, several to a prompt, within the window: of all lengths, and with padding tokens in the
     middle, at the end and alone, where the head reads one token. Others end with the end token, as real ones do."""
     text = c.inner.config.get_text_config()
-    room = probe.room(c.reach)
+    room = min(probe.room(c.reach), usable_positions(c.inner) or probe.SHORT)
     rng, vocabulary = np.random.default_rng(0), getattr(text, "vocab_size", 256)  # without one: characters
     prompts = [rng.integers(vocabulary, size=max(1, n)) for n in (room // 3, 1 if direct else room // 2)]
     lengths = (1, room // 2, room // 4, room // 2) if direct else (room // 4, room // 2, room // 3)

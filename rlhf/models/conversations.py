@@ -50,10 +50,9 @@ def padded(rows: Sequence[Row], part: Sequence[int], pad: int | None, budget: in
 
 
 def padded_batch(rows: Sequence[Row], chosen: Sequence[int], pad: int | None) -> ScoreBatch:
+    """The rows `chosen`, padded on the right. A model that finds their ends itself must have a padding token."""
     width = max(len(rows[i]) for i in chosen)
-    fill = (
-        pad if pad is not None and pad >= 0 else 0
-    )  # what is there says nothing where body and head are apart
+    fill = pad if pad is not None and pad >= 0 else 0
     ids = torch.full((len(chosen), width), fill, dtype=torch.long)
     mask = torch.zeros(len(chosen), width, dtype=torch.long)
     for n, i in enumerate(chosen):

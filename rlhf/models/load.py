@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ArchitectureConfig
+from rlhf.models.reach import max_positions
 from rlhf.models.source import check_allowed, find_source, find_tokenizer, naming, trusted
 
 if TYPE_CHECKING:
@@ -156,13 +157,19 @@ def head_of(model: PreTrainedModel) -> torch.nn.Linear | None:
     """What makes a classifier's one score: the only linear layer with one output outside of its body."""
     import torch
 
-    body = {id(module) for module in model.base_model.modules()} if model.base_model is not model else set()
-    found = [
-        m
-        for m in model.modules()
-        if isinstance(m, torch.nn.Linear) and m.out_features == 1 and id(m) not in body
-    ]
+    body = set() if model.base_model is model else set(model.base_model.modules())
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m not in body]
+    found = [m for m in linear if m.out_features == 1]
     return found[0] if len(found) == 1 else None
+
+
+def _outside_of_body(model: PreTrainedModel) -> set[str]:
+    """The weights of a classifier that its body does not have; where the two are not told apart, those of its head."""
+    if model.base_model is model:
+        own = {id(weight) for weight in head.parameters()} if (head := head_of(model)) else set()
+    else:
+        own = {id(w) for w in model.parameters()} - {id(w) for w in model.base_model.parameters()}
+    return {name for name, weight in model.named_parameters() if id(weight) in own}
 
 
 def _load(
@@ -192,9 +199,9 @@ def _load(
         with naming(key, source.named(path)):
             model, brought = merged(model, source.adapter)
         missing = {name: fault for name, fault in missing.items() if name not in brought}
-    body = model.base_model_prefix + "."
     if new_head:
-        missing = {name: fault for name, fault in missing.items() if name.startswith(body)}
+        meant = _outside_of_body(model)
+        missing = {name: fault for name, fault in missing.items() if name not in meant}
     _check_whole(f"{key}={path}", missing, sorted(found["unexpected_keys"]))
     _check_numbers(f"{key}={path}", model)
     return model.eval()
@@ -259,6 +266,18 @@ def new_policy(
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def usable_positions(model: PreTrainedModel) -> int | None:
+    """`max_positions`, less those that a model counts from its padding token on (RoBERTa and its kin)."""
+    import torch
+
+    limit = max_positions(model.config)
+    named = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    for module in (m for m in named if isinstance(m, torch.nn.Embedding) and m.num_embeddings == limit):
+        if module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return limit
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:

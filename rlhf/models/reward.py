@@ -9,10 +9,9 @@ import torch
 
 from rlhf.data.chat import ChatFormat
 from rlhf.models.classifier import Classifier, score_rows
-from rlhf.models.load import head_of, load_reward_model, load_tokenizer
+from rlhf.models.load import head_of, load_reward_model, load_tokenizer, usable_positions
 from rlhf.models.packed import pack as pack_layers
 from rlhf.models.precision import dtype_of
-from rlhf.models.reach import max_positions
 from rlhf.types import Content
 
 
@@ -38,7 +37,7 @@ class RewardScorer:
         self.classifier.compute_in(dtype_of(dtype, device))
         pack_layers(model, budget, leave=head_of(model))
         self.format = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", template)
-        self.limit = max_positions(model.config)
+        self.limit = usable_positions(model)
 
     def score(self, contents: Sequence[Content], responses: Sequence[str]) -> np.ndarray:
         """Rewards of responses to their prompts, float32 [B]."""

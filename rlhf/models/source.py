@@ -57,7 +57,7 @@ class Source:
 
 
 def find_source(path: str, key: str) -> Source:
-    """The model at `path`; of a PEFT adapter its base.
+    """The model at `path`; of a PEFT adapter its base, and the adapter.
 
     Raises:
         ValueError: there is neither; it names the key and the path, and a folder that may have been meant.
@@ -71,7 +71,8 @@ def find_source(path: str, key: str) -> Source:
         raise ValueError(
             f"{key}={path}: the folder holds a model (config.json) and an adapter ({ADAPTER}); move one of them away"
         )
-    settings = _adapter_settings(path if folder is None else str(folder))
+    with naming(key, path):
+        settings = _adapter_settings(path if folder is None else str(folder))
     if settings is None:
         return Source(path)
     where, base = str(folder or path), settings.get("base_model_name_or_path")

@@ -14,11 +14,11 @@ from rlhf.data.chat import ChatFormat
 from rlhf.generate.transformers_engine import TransformersEngine
 from rlhf.learn.advantages import ADVANTAGES
 from rlhf.learn.alignment import Aligner, ReferencePolicy
-from rlhf.learn.batching import pack, pad
+from rlhf.learn.batching import Layout
 from rlhf.learn.critic import ValueModel
 from rlhf.learn.kl import AdaptiveKL
 from rlhf.learn.logprobs import PolicyModel
-from rlhf.models.classifier import packs
+from rlhf.models.classifier import Classifier
 from rlhf.models.load import load_policy, load_tokenizer, new_reward_model
 from rlhf.models.lora import adapter_off, merged_parameters, with_adapter
 from rlhf.types import Experience, Rewards, WorkItem
@@ -83,14 +83,11 @@ def step(model, reference, algorithm, experiences, kl_coef, world=1, budget=4096
     model.zero_grad()
     held = None if reference is None else ReferencePolicy(PolicyModel(reference))
     if critic is not None:
-        assert packs(critic.inner)
+        assert Classifier(critic.inner).packs
     totals = {}
     for rank in range(world):
         value = None if critic is None else Rank(critic, rank, world, budget)
-        aligner = Aligner(
-            Rank(model, rank, world, budget), held, value, algorithm, 8, pack if packing else pad
-        )
-        assert aligner.shares_prompts == packing
+        aligner = Aligner(Rank(model, rank, world, budget), held, value, algorithm, 8, Layout(packing))
         for key, v in aligner.step(experiences, kl_coef, 0.1, 0.1).items():
             totals[key] = totals.get(key, 0.0) + v
     return totals["loss"], torch.cat([p.grad.flatten() for p in model.parameters()]), totals
@@ -401,6 +398,6 @@ def test_a_reference_within_a_context(models, experiences):
     model, _ = models
     own = step(model, copy.deepcopy(model).requires_grad_(False), settings(), experiences, 0.3)[1]
     model.zero_grad()
-    aligner = Aligner(Rank(model), ReferencePolicy(None, nullcontext), None, settings(), 8, pack)
+    aligner = Aligner(Rank(model), ReferencePolicy(None, nullcontext), None, settings(), 8, Layout(True))
     aligner.step(experiences, 0.3, 0.1, 0.1)
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), own)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.models.classifier import Classifier, one_batch, score_rows
-from rlhf.models.load import head_of, new_reward_model
+from rlhf.models.load import head_of, new_reward_model, usable_positions
 from rlhf.models.precision import cast
 from tests.classifiers import FAMILIES, VOCABULARY, classifier
 from tests.tiny import save_policy
@@ -136,3 +136,14 @@ def test_a_new_reward_model_scores_elsewhere_as_here(tmp_path, pad):
     assert elsewhere.config.pad_token_id == pad
     with torch.no_grad():
         np.testing.assert_allclose(score_rows(made, made, rows, kin, 4096), plain(elsewhere, rows), atol=1e-4)
+
+
+def test_positions_that_a_model_cannot_use_are_not_offered():
+    """RoBERTa's first position is the one after its padding token's id."""
+    model, ids = classifier("roberta", pad=1), torch.full((1, 129), 5)
+    longest = usable_positions(model)
+    assert longest == 126
+    model(input_ids=ids[:, :longest])
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(input_ids=ids[:, : longest + 1])
+    assert usable_positions(classifier("xlnet", pad=0)) is None
