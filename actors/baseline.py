@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.failures import died, short
+from actors.resources import beside_driver
 from rlhf.types import Rollouts
 from rlhf.utility.adaptive import AdaptiveSampling, Progress
 from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
@@ -84,7 +85,7 @@ class Baseline:
     """The estimator, seen from the driver."""
 
     def __init__(self) -> None:
-        self.actor = ray.remote(BaselineEstimator).options(num_cpus=0).remote()
+        self.actor = ray.remote(BaselineEstimator).options(**beside_driver()).remote()
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """The estimator's answer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from actors.resources import check_offer
 from rlhf.config import Config
 from rlhf.models.source import TRUST
 
+IN_WORDS = (Exception, RuntimeError, ConnectionError)  # what `ray.init` raises when it says what is wrong
 SOCKET = 107  # bytes of a socket's path, at most
 IN_FOLDER = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray makes
 
@@ -48,7 +50,9 @@ class Cluster:
                 runtime_env={"env_vars": {TRUST: "1"}} if config.trust_remote_code else None,
                 **options,
             )
-        except (ConnectionError, RuntimeError) as error:
+        except Exception as error:
+            if type(error) not in IN_WORDS:
+                raise
             where = "Ray does not start on this machine" if given is None else "=".join(given)
             raise ValueError(f"{where}: {error}") from error
         offer = ray.cluster_resources()
@@ -76,6 +80,9 @@ def _settle(dashboard: bool) -> None:
     os.environ.setdefault("RAY_event_stats", "0")
     if not dashboard:
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # the list of tasks
+        # of this run alone: Ray would keep one in the home folder, which may be read-only, or none
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 

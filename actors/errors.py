@@ -12,7 +12,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 # What the machine refuses, whatever the program does. Other numbers (no such file) may be a fault here.
 MACHINE = {
-    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENOSPC,
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC,
     errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE,
 }  # fmt: skip
 FULL = "No space left on device"  # of libraries that write by themselves and raise errors of their own
@@ -44,7 +44,7 @@ def reason(error: BaseException) -> str | None:
     if isinstance(cause, ValueError):
         return in_one_line(str(cause)) + _where(error)
     if isinstance(cause, OSError) and cause.errno in MACHINE:
-        file = f": {cause.filename}" if cause.filename else ""
+        file = f": {cause.filename}" if cause.filename else " (output_dir, or the folder for temporary files)"
         return f"{cause.strerror}{file}" + _where(error)
     if FULL in str(cause):
         return in_one_line(str(cause)) + _where(error)

@@ -46,9 +46,9 @@ def lost(error: BaseException) -> bool:
 
 
 def short(error: BaseException) -> str:
-    """The kind of an error and its first words."""
-    words = str(root(error)).strip().splitlines() or [""]
-    return f"{type(root(error)).__name__}: {words[0][:200]}"
+    """The kind of an error and its words, in one line, cut short."""
+    words = " ".join(str(root(error)).split())
+    return f"{type(root(error)).__name__}: {words if len(words) <= 400 else words[:400] + '...'}"
 
 
 class Call:

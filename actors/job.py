@@ -35,7 +35,14 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and prints none
     os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"  # it replaces ours, and aborts on SIGTERM
     OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # for conf/config.yaml
+    # overrides on both sides of the flag would be refused
+    flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
+    sys.argv[1:] = [*flags, *(word for word in sys.argv[1:] if word not in flags)]
     end_by_signals()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        sys.exit("error: the working directory was deleted; call the command from another")
     try:
         _run()
         if Sweep.current is not None:

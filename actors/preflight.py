@@ -74,7 +74,7 @@ def _check_policy(config: Config, data: RunData) -> None:
         with at(prompt.source):
             lengths.append(len(chat.prompt_tokens(prompt.content)))
     check_lengths(prompts, lengths, config.rollout.max_new_tokens, reach)
-    chat.check_table(found, [p.content for p in prompts])
+    chat.check_table(found, [p.content for p in prompts], answers=policy.path is None)
 
 
 def _check_reward_models(config: Config, data: RunData) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from actors.resources import beside_driver
 from rlhf.flow.leases import Lease, LeaseQueue
 
 
@@ -38,4 +39,5 @@ class ExperienceQueue:
 
 
 def start_queue() -> Any:
-    return ray.remote(ExperienceQueue).options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote()
+    actor = ray.remote(ExperienceQueue).options(max_restarts=-1, max_task_retries=3, **beside_driver())
+    return actor.remote()

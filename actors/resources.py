@@ -16,6 +16,15 @@ def actor_options(role: RoleConfig) -> dict[str, Any]:
     return {"num_cpus": role.cpus, "num_gpus": role.gpus}
 
 
+def beside_driver() -> dict[str, Any]:
+    """For small processes that all others need: they end with no other node than the driver's."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
 def threads(cpus: float) -> int:
     return max(1, int(cpus))
 

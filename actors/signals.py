@@ -67,7 +67,7 @@ def _kill_children() -> None:
     """Ray's own processes would end by themselves, some of them seconds later."""
     if "ray" not in sys.modules:
         return
-    import psutil  # Ray brings it
+    import psutil
 
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):

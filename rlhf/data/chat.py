@@ -9,6 +9,7 @@ whoever reads it. A plain-text prompt may be the work of a template, so there it
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
@@ -21,6 +22,8 @@ from rlhf.types import Content, Message
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 class ChatFormat:
@@ -113,11 +116,13 @@ class ChatFormat:
         """The tokens that end a response: EOS, and the template's end-of-turn token where it is another."""
         return sorted(i for i in {self._eos, self.template.end_of_turn} if i is not None)
 
-    def check_table(self, model: PretrainedConfig, contents: Iterable[Content]) -> None:
+    def check_table(self, model: PretrainedConfig, contents: Iterable[Content], answers: bool = True) -> None:
         """Refuses a tokenizer or template that uses tokens beyond the embedding table of a model of this
         configuration.
 
-        Tokens that are only there (a padding token, say) may lie beyond it: no text is read as them.
+        Tokens that are only there (a padding token, say) may lie beyond it: no text is read as them. Without `answers`
+        the model is given prompts only, and samples no token beyond its table: then its responses may have no end,
+        which the log says.
         """
         size = getattr(
             model.get_text_config(), "vocab_size", math.inf
@@ -126,8 +131,20 @@ class ChatFormat:
         if not beyond:
             return
         used = {i for i, token in beyond.items() if token not in self.template.control}
-        used |= {i for c in contents for i in self.conversation_tokens(c, "Hello")} & beyond.keys()
-        used |= {*self.end_tokens()} & beyond.keys()
+        ends = set(self.end_tokens())
+        if answers:
+            used |= {i for c in contents for i in self.conversation_tokens(c, "Hello")} & beyond.keys()
+            used |= ends & beyond.keys()
+        else:
+            used |= {i for c in contents for i in self.prompt_tokens(c)} & beyond.keys()
+            if ends and ends <= beyond.keys():
+                named = ", ".join(f"{beyond[i]!r} ({i})" for i in sorted(ends))
+                log.warning(
+                    "%s: responses end at rollout.max_new_tokens only: %s is beyond its embedding table of %d rows",
+                    self.owner,
+                    named,
+                    size,
+                )
         if used:
             raise ValueError(
                 f"{self.owner}: its tokenizer uses the token {beyond[min(used)]!r} ({min(used)}), but its embedding "

@@ -80,7 +80,7 @@ class PolicyModel(torch.nn.Module):
             logits = self.inner(**inputs, use_cache=False).logits.flatten(0, 1)[predict]
             return _of_logits(logits, targets, temperature, entropy)
         needed = predict.unique() if trees is not None else None
-        states = self._last.states(needed, **inputs).flatten(0, 1)[predict]
+        states = self._states(needed, inputs).flatten(0, 1)[predict]
         head, size = self._head, max(1, self.chunk // self._vocabulary)
         plain = head.forward
 
@@ -103,6 +103,11 @@ class PolicyModel(torch.nn.Module):
     def _head(self) -> Any:
         return self._plain.get_output_embeddings()
 
+    def _states(self, needed: torch.Tensor | None, inputs: dict[str, Any]) -> torch.Tensor:
+        """The last hidden states, as the head takes them: some models keep a residual stream in float32 (Mamba)."""
+        states = self._last.states(needed, **inputs)
+        return states.to(next(self._plain.parameters()).dtype)
+
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         return self._capped(self._head(states))
 
@@ -120,7 +125,7 @@ class PolicyModel(torch.nn.Module):
         ids = torch.from_numpy(probe.sequences([8], vocabulary)[0])[None].to(like.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         whole = self.inner(**inputs, use_cache=False).logits.float()
-        own = attempt(lambda: self._logits(self._last.states(None, **inputs)))
+        own = attempt(lambda: self._logits(self._states(None, inputs)))
         if isinstance(own, Failure):
             return own.reason
         self._vocabulary = own.shape[-1]

@@ -145,7 +145,7 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
     """
     model, direct = c.inner, isinstance(getattr(c.inner, "score", None), torch.nn.Linear)
     rows, kin = _trial(c, direct)
-    device, name = next(model.parameters()).device, f"{type(model).__name__} {model.name_or_path}"
+    device, name = next(model.parameters()).device, f"{type(model).__name__} {model.name_or_path}".strip()
     with _random_head(model):
         own = torch.cat(
             [
@@ -167,7 +167,7 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
             if not same():
                 c.skips_padding = False
                 c.apart = same()
-        reason = "its head reads more than one token"
+        reason = "its head does not read one token alone"
         if c.apart:
             with attention.tried(model) as trial:
                 c.packs = trial.possible

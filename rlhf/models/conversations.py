@@ -30,8 +30,6 @@ class ScoreBatch:
 
 def packed(rows: Sequence[Row], part: Sequence[int], kin: Sequence[int], budget: int) -> list[ScoreBatch]:
     """Batches of the rows `part`, of at most `budget` tokens; neighbours of one `kin` share how they begin."""
-    if not part:
-        return []
     shared, own, group = split([rows[i] for i in part], [kin[i] for i in part])
     batches = pack(shared, own, group, range(len(part)), budget, ends=True)
     return [ScoreBatch([part[n] for n in b.rows.tolist()], partial(_packed, b)) for b in batches]

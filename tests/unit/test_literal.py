@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rlhf.data.chat import ChatFormat
-from tests.tokenizers import CHATML, byte_level, sentence_piece, unigram
+from tests.tokenizer_kinds import CHATML, byte_level, sentence_piece, unigram
 from tests.unit.test_chat import EOS, UNK, WHAT, word_level
 
 KINDS = {

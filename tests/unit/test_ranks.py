@@ -12,7 +12,10 @@ import torch
 from actors.learner import merged
 from tests.ranks import RUNS, Ranks, accumulated, refused, together
 
-STAGES = dict.fromkeys(RUNS, (2, 3)) | {"sft": (0, 1, 2, 3), "ppo, one prompt": (0, 1, 2, 3)}
+STAGES = dict.fromkeys(RUNS, (3,)) | dict.fromkeys(
+    ("pairs", "rloo", "ppo", "lora", "sft, 50 000 words"), (2, 3)
+)
+STAGES |= dict.fromkeys(("sft", "rloo, one prompt"), (0, 1, 2, 3))
 SMALL = [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in range(4)]
 SECONDS = 240  # a hang is a failure
 

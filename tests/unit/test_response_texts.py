@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken
 
 from rlhf.data.chat import ChatFormat
-from tests.tokenizers import CHATML, LLAMA, byte_level, sentence_piece, unigram, word_piece
+from tests.tokenizer_kinds import CHATML, LLAMA, byte_level, sentence_piece, unigram, word_piece
 from tests.unit.test_chat import CAT, EOS, PLAIN, A, word_level
 
 KINDS = {

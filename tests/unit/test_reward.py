@@ -63,13 +63,16 @@ def test_conversations_longer_than_a_sliding_window_are_scored_plainly():
         )
 
 
-def test_a_bidirectional_classifier_is_scored_plainly():
+def test_a_bidirectional_classifier_is_scored_plainly_and_that_is_said_once(caplog):
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1
     )
     classifier = Classifier(BertForSequenceClassification(config).eval())
     assert not classifier.packs
+    assert [record.getMessage() for record in caplog.records] == [
+        "BertForSequenceClassification: conversations are padded, as its head does not read one token alone"
+    ]
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8))

@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig
 
 from rlhf.data.chat import ChatFormat
-from tests.tokenizers import CHATML, byte_level, sentence_piece
+from tests.tokenizer_kinds import CHATML, byte_level, sentence_piece
 
 USER = {"role": "user", "content": "What is it?"}
 ANSWER = {"role": "assistant", "content": "It is a cat."}
