@@ -56,10 +56,8 @@ def check_cluster(key: str, address: str) -> None:
     if place is None:
         try:
             found = services.canonicalize_bootstrap_address_or_die(address)
-        except ConnectionError:
-            raise ValueError(
-                f"{key}={address}: no Ray cluster runs on this machine; ray start --head"
-            ) from None
+        except ConnectionError as error:  # none, or several
+            raise ValueError(f"{key}={address}: {error}") from None
         place = check_form(key, found)
         assert place is not None
         address = f"{address} ({found})"
