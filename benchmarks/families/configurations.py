@@ -102,6 +102,7 @@ SIZES: dict[str, Any] = {
     "adapter_in_dim": 64,
     "adapter_input_size": 64,
     "adapter_out_dim": 64,
+    "hidden_size_global": 64,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 16,
     "image_size": 32,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePath
@@ -50,31 +50,51 @@ def row(name: str, dtypes: Sequence[str] = DTYPES) -> Row:
     if family in REASONS:
         found.outcome = f"not a causal text model: {REASONS[family]}"
         return found
-    config = make(name)
-    model = plain.build(config)
-    own = plain.unfit(model, ours.prompts())
-    parts = [partial(_policy, found, model, dtype) for dtype in dtypes]
+    try:
+        config = make(name)
+        model = plain.build(config)
+        own = plain.unfit(model, ours.prompts())
+    except Exception as error:
+        found.outcome = f"not a causal text model: plain transformers raises {_words(error)}"
+        return found
+    parts = [(dtype, partial(_policy, found, model, dtype)) for dtype in dtypes]
     if config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-        parts += [partial(_reward, found, config, dtype) for dtype in dtypes]
-    told = list(dict.fromkeys(reason for part in parts for reason in _tell(part, type(model).__name__)))
-    if told:
-        faults = [reason for reason in told if not reason.startswith("refused")]
-        found.outcome = f"FAILS: {'; '.join(told)}" if faults else "; ".join(told)
-        if own is not None:
-            found.outcome += f" (plain transformers: {own})"
+        parts += [(dtype, partial(_reward, found, config, dtype)) for dtype in dtypes]
+    refused: dict[str, list[str]] = {}  # by reason, the formats
+    faults: list[str] = []
+    for dtype, part in parts:
+        try:
+            faults += part()
+        except Exception as error:  # a row tells what was raised, and the table goes on
+            if _refuses(error, type(model).__name__):
+                refused.setdefault(str(error), []).append(dtype)
+            else:
+                faults.append(f"{dtype}: {_words(error)}")
+    told = [_refusal(reason, formats, dtypes) for reason, formats in refused.items()]
+    if faults:
+        found.outcome = f"FAILS: {'; '.join([*faults, *told])}"
+    elif told:
+        found.outcome = "; ".join(told)
+    if own is not None and found.outcome != "equal":
+        found.outcome += f" (plain transformers: {own})"
     return found
 
 
-def _tell(part: Callable[[], Iterable[str]], model: str) -> list[str]:
-    """What is wrong with a part of a row. A ValueError that names the policy or the model refuses it."""
-    try:
-        return list(part())
-    except Exception as error:  # a row tells what was raised, and the table goes on
-        text = " ".join(str(error).split())[:300]
-        if isinstance(error, ValueError) and (text.startswith("policy") or model in text):
-            return [f"refused: {text}"]
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return [f"{type(error).__name__}: {text} ({PurePath(where.filename).name}, {where.name})"]
+def _refuses(error: Exception, model: str) -> bool:
+    """Whether the error is meant: a ValueError that names the policy or the model."""
+    text = str(error)
+    return isinstance(error, ValueError) and (text.startswith(("policy", "reward model")) or model in text)
+
+
+def _refusal(reason: str, formats: Sequence[str], dtypes: Sequence[str]) -> str:
+    return f"refused: {reason}" if set(formats) == set(dtypes) else f"refused in {formats[0]}: {reason}"
+
+
+def _words(error: Exception) -> str:
+    """An error as one line, with the place that raised it."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text} ({PurePath(where.filename).name}, {where.name})"
 
 
 def _policy(found: Row, model: PreTrainedModel, dtype: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from benchmarks.families import plain
 from benchmarks.families.configurations import END, PAD, VOCABULARY
 from rlhf.data.chat import ChatFormat
 from rlhf.generate.transformers_engine import TransformersEngine
-from rlhf.models.reward import Classifier, score_rows
+from rlhf.models.classifier import Classifier, score_rows
 from rlhf.types import Rollouts, WorkItem
 
 LENGTHS = (5, 2, 9, 21, 40)
@@ -110,9 +110,10 @@ class Reward:
         config.num_labels = 1
         self._plain = plain.build(config, AutoModelForSequenceClassification)
         self._own = None if dtype == "float32" else plain.as_bfloat16(self._plain)
-        self._classifier = Classifier(copy.deepcopy(self._plain), config.pad_token_id)
+        self._classifier = Classifier(copy.deepcopy(self._plain))
         self._classifier.compute_in(getattr(torch, dtype))
-        self.path = "packed" if self._classifier.packs else "padded"
+        ways = {"packed": self._classifier.packs, "padded": self._classifier.apart or self._classifier.pads}
+        self.path = next((way for way, taken in ways.items() if taken), "one by one")
 
     def measure(self, seed: int) -> tuple[Distance, Distance]:
         """Of the rewards here and of the classifier's own, over conversations that share the prompts of a seed."""

@@ -30,8 +30,15 @@ def counts(rows: Sequence[Row]) -> str:
     >>> counts([Row("a"), Row("b"), Row("c", "refused: its name is c")])
     '3 rows: 2 equal, 1 refused'
     """
-    kinds = Counter(row.outcome.partition(":")[0] for row in rows)
-    order = ("equal", "refused", "not a causal text model", "FAILS")
+    order = (
+        "equal",
+        "refused in float32",
+        "refused in bfloat16",
+        "refused",
+        "not a causal text model",
+        "FAILS",
+    )
+    kinds = Counter(next(kind for kind in order if row.outcome.startswith(kind)) for row in rows)
     found = ", ".join(f"{kinds[kind]} {kind}" for kind in order if kinds[kind])
     return f"{len(rows)} rows: {found}"
 
