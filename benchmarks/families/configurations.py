@@ -322,3 +322,9 @@ def _default(kind: type) -> Any:
         return kind()
     except ValueError:
         return None
+
+
+def chooses(config: Any) -> bool:
+    """Whether the model chooses experts, or tokens to attend to, by their scores."""
+    text = config.get_text_config().to_dict()
+    return any("expert" in name or name.startswith("index") for name in text)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from benchmarks.families import ours, plain
-from benchmarks.families.configurations import REASONS, make
+from benchmarks.families.configurations import REASONS, chooses, make
 from benchmarks.families.ours import Distance
 
 FLOAT32 = 1e-4
@@ -23,6 +23,9 @@ BFLOAT16 = 1.5
 ROUNDS = 4
 """Sets of prompts, all counted together, before a bfloat16 distance is over the limit: where rounding changes the
 choice of an expert, few tokens make up the distance."""
+TIES = 1e-3
+"""Share of tokens that may be further away in float32 where a model chooses experts or tokens by their scores: two that
+are equal to rounding are chosen either way, in whole passes and in steps."""
 DTYPES = ("float32", "bfloat16")
 
 
@@ -37,6 +40,7 @@ class Row:
     policy: dict[str, float] = field(default_factory=dict)  # float32: nats; bfloat16: over the model's own
     reward: dict[str, float] = field(default_factory=dict)
     reward_path: str = ""
+    ties: int = 0
 
     @property
     def fails(self) -> bool:
@@ -75,6 +79,8 @@ def row(name: str, dtypes: Sequence[str] = DTYPES) -> Row:
         found.outcome = f"FAILS: {'; '.join([*faults, *told])}"
     elif told:
         found.outcome = "; ".join(told)
+    elif found.ties:
+        found.outcome = f"equal but for {found.ties} ties"
     if own is not None and found.outcome != "equal":
         found.outcome += f" (plain transformers: {own})"
     return found
@@ -100,7 +106,10 @@ def _words(error: Exception) -> str:
 def _policy(found: Row, model: PreTrainedModel, dtype: str) -> Iterator[str]:
     """Fills the row's cells of a policy in a format; what is over the limits."""
     policy = ours.Policy(model, dtype)
-    sampled, learnt, own = _measure(policy.measure, dtype)
+    *both, own = _measure(policy.measure)
+    if dtype == "float32":
+        both = [_untied(found, one, model.config) for one in both]
+    sampled, learnt = both
     found.sampler[dtype], found.learner[dtype] = policy.sampler, policy.learner
     found.policy[dtype] = max(_cell(sampled, own), _cell(learnt, own))
     yield from _fault(f"sampler in {dtype} ({policy.sampler})", sampled, own)
@@ -110,19 +119,28 @@ def _policy(found: Row, model: PreTrainedModel, dtype: str) -> Iterator[str]:
 def _reward(found: Row, config: Any, dtype: str) -> Iterator[str]:
     """The same of a reward model."""
     reward = ours.Reward(config, dtype)
-    scored, own = _measure(reward.measure, dtype)
+    scored, own = _measure(reward.measure)
     found.reward_path, found.reward[dtype] = reward.path, _cell(scored, own)
     yield from _fault(f"reward in {dtype} ({reward.path})", scored, own)
 
 
-def _measure(measure: Callable[[int], tuple[Distance, ...]], dtype: str) -> tuple[Distance, ...]:
+def _measure(measure: Callable[[int], tuple[Distance, ...]]) -> tuple[Distance, ...]:
     """Distances over as many sets of prompts as it takes; the last is the model's own."""
     found = measure(0)
     for seed in range(1, ROUNDS):
-        if dtype == "float32" or all(over(one, found[-1]) <= 1 for one in found):
+        if all(over(one, found[-1]) <= 1 for one in found):
             break
         found = tuple(a + b for a, b in zip(found, measure(seed), strict=True))
     return found
+
+
+def _untied(found: Row, one: Distance, config: Any) -> Distance:
+    """The distance without ties, which are counted in the row."""
+    far = one.apart > FLOAT32
+    if chooses(config) and far.sum() <= TIES * len(far):
+        found.ties += int(far.sum())
+        return Distance(one.apart[~far])
+    return one
 
 
 def over(found: Distance, own: Distance) -> float:
