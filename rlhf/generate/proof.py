@@ -34,7 +34,7 @@ class _Case:
     def logprobs(self, model: PreTrainedModel) -> torch.Tensor:
         """The model's own, of every response token and the one after the last, float32 [SAMPLES, steps + 1, V]."""
         rows = torch.cat([self.prompt.expand(SAMPLES, -1), self.responses], 1)
-        return probe.own_logprobs(model, rows, self.first)[:, len(self.prompt) - 1 :]
+        return probe.own_logprobs(model, rows, "policy", self.first)[:, len(self.prompt) - 1 :]
 
 
 class Proof:
@@ -64,7 +64,7 @@ class Proof:
 
     def _check_causal(self, model: PreTrainedModel) -> None:
         case, exact = self.cases[0], self._exact[0]
-        alone = probe.own_logprobs(model, case.prompt[None])[0, -1]
+        alone = probe.own_logprobs(model, case.prompt[None], "policy")[0, -1]
         off = probe.distance(alone, exact[0, 0])
         if off > 10 * probe.tolerance(exact[0]):
             raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ArchitectureConfig
+from rlhf.models.families import fault_of_policy
 from rlhf.models.reach import max_positions
 from rlhf.models.source import check_allowed, find_source, find_tokenizer, naming, trusted
 
@@ -40,6 +41,11 @@ def policy_config(path: str, key: str = "policy.path") -> Any:
     """
     config = load_config(path, key)
     _check_kind(config, path, key, CAUSAL)
+    fault = fault_of_policy(config)
+    if fault is not None:
+        raise ValueError(
+            f"{key}={path} is a model of the type '{config.model_type}', which cannot be a policy: {fault}"
+        )
     for name in _made_for(config, path, key):
         if name == "SEQ_CLS" or name in _names(CLASSIFIER):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf.models.attempt import Failure, attempt
 from rlhf.models.reach import Reach
 
 EXACT = 1e-4
@@ -30,18 +31,28 @@ def room(reach: Reach, most: int = SHORT) -> int:
 
 
 @torch.no_grad()
-def own_logprobs(model: Any, rows: torch.Tensor, first: int | None = None) -> torch.Tensor:
+def own_logprobs(model: Any, rows: torch.Tensor, what: str, first: int | None = None) -> torch.Tensor:
     """The model's own pass: log-probabilities of every next token, float32 [rows, T, vocabulary].
 
     Args:
-        rows: int64 [rows, T], of equal length. first: the position of the first token, if it is another than 0.
+        rows: int64 [rows, T], of equal length. what: the model, in errors. first: the position of the first token, if
+            it is another than 0.
+
+    Raises:
+        ValueError: the pass itself fails; it names the model and the reason.
     """
     like = next(model.parameters())
     ids = rows.to(like.device)
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if first:
         given["position_ids"] = (first + torch.arange(ids.shape[1], device=like.device))[None]
-    return torch.log_softmax(model(**given, use_cache=False).logits.float(), -1)
+    logits = attempt(lambda: model(**given, use_cache=False).logits.float())
+    if isinstance(logits, Failure):
+        raise ValueError(
+            f"{what} ({type(model).__name__}): its own forward pass fails in {str(like.dtype).removeprefix('torch.')}: "
+            f"{logits.reason}; give a model that transformers can run so, or another dtype"
+        )
+    return torch.log_softmax(logits, -1)
 
 
 def distances(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import os
 import socket
 
 import pytest
+from transformers import BartConfig, BertConfig, WhisperConfig, XLNetConfig
 
 from actors.preflight import preflight
 from actors.resources import check_offer
@@ -121,6 +122,24 @@ def test_a_causal_model_as_reward_model(given, policy_folder):
         ValueError, match=r"reward_models.helpful.path=.* is a causal language model \(LlamaForCausalLM\)"
     ):
         given(GOOD, f"reward_models.helpful.path={policy_folder}")
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (BertConfig(vocab_size=60), "look both ways; .* is_decoder=true"),
+        (XLNetConfig(vocab_size=60), "look ahead"),
+        (BartConfig(vocab_size=60), "an encoder"),
+        (WhisperConfig(), "sound"),
+    ],
+    ids=lambda x: getattr(x, "model_type", ""),
+)
+def test_a_model_that_can_be_no_policy_is_refused_by_name(given, tmp_path, config, why):
+    config.save_pretrained(tmp_path / "odd")
+    with pytest.raises(
+        ValueError, match=f"policy.path=.*of the type '{config.model_type}', .* policy: .*{why}"
+    ):
+        given(GOOD, f"policy.path={tmp_path / 'odd'}")
 
 
 def test_reward_model_too_short_for_a_prompt_names_the_row(given, tmp_path):
