@@ -223,7 +223,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "linear rotary": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
         "yarn rotary": {"rope_parameters": YARN},
         "dynamic rotary": {
-            "max_position_embeddings": 32,
+            "max_position_embeddings": 64,
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
         },
     },

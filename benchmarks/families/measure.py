@@ -80,16 +80,16 @@ def row(name: str, dtypes: Sequence[str] = DTYPES) -> Row:
     elif told:
         found.outcome = "; ".join(told)
     elif found.ties:
-        found.outcome = f"equal but for {found.ties} ties"
+        found.outcome = f"equal but for ties ({found.ties})"
     if own is not None and found.outcome != "equal":
         found.outcome += f" (plain transformers: {own})"
     return found
 
 
 def _refuses(error: Exception, model: str) -> bool:
-    """Whether the error is meant: a ValueError that names the policy or the model."""
-    text = str(error)
-    return isinstance(error, ValueError) and (text.startswith(("policy", "reward model")) or model in text)
+    """Whether the error is meant: a ValueError that names the policy, the reward model or the model's class."""
+    named = ("policy", "reward model", model)
+    return isinstance(error, ValueError) and any(name in str(error) for name in named)
 
 
 def _refusal(reason: str, formats: Sequence[str], dtypes: Sequence[str]) -> str:
@@ -119,15 +119,15 @@ def _policy(found: Row, model: PreTrainedModel, dtype: str) -> Iterator[str]:
 def _reward(found: Row, config: Any, dtype: str) -> Iterator[str]:
     """The same of a reward model."""
     reward = ours.Reward(config, dtype)
-    scored, own = _measure(reward.measure)
+    scored, own = _measure(reward.measure, 4 * ROUNDS)  # a set has few rewards
     found.reward_path, found.reward[dtype] = reward.path, _cell(scored, own)
     yield from _fault(f"reward in {dtype} ({reward.path})", scored, own)
 
 
-def _measure(measure: Callable[[int], tuple[Distance, ...]]) -> tuple[Distance, ...]:
+def _measure(measure: Callable[[int], tuple[Distance, ...]], rounds: int = ROUNDS) -> tuple[Distance, ...]:
     """Distances over as many sets of prompts as it takes; the last is the model's own."""
     found = measure(0)
-    for seed in range(1, ROUNDS):
+    for seed in range(1, rounds):
         if all(over(one, found[-1]) <= 1 for one in found):
             break
         found = tuple(a + b for a, b in zip(found, measure(seed), strict=True))

@@ -7,6 +7,8 @@ import multiprocessing
 import resource
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from multiprocessing.connection import Connection
 
 import torch
@@ -26,7 +28,9 @@ def work(pipe: Connection, dtypes: Sequence[str]) -> None:
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     while (name := pipe.recv()) is not None:
-        pipe.send(row(name, dtypes))
+        with redirect_stdout(StringIO()):  # a few models print
+            found = row(name, dtypes)
+        pipe.send(found)
 
 
 def measured(chosen: Sequence[str], dtypes: Sequence[str], patience: float) -> Iterator[Row]:

@@ -12,25 +12,35 @@ from benchmarks.families.ours import Distance
 from benchmarks.families.pages import counts, page
 from benchmarks.families.worker import measured
 
-EQUAL = [
+BOTH = [
     "llama",  # grouped keys, heads of 32: the compiled decoder in bfloat16
     "mistral",  # a window shorter than the prompts
+    "mamba",
+]
+FLOAT32 = [
     "gemma2: caps",
     "llama4_text",  # chunks, layers without rotary positions
-    "phi3: longrope",  # frequencies by the longest sequence
     "gpt2",
     "bart",  # positions by the cache's length
     "gemma3n_text",  # layers that use others' keys
-    "mamba",
     "falcon_h1",  # a state and keys in one layer
-    "minimax",  # a cache of its own
-    "rwkv",  # a state that is no cache
 ]
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", BOTH)
 def test_a_family_is_what_plain_transformers_gives(name):
     assert row(name).outcome == "equal"
+
+
+@pytest.mark.parametrize("name", FLOAT32)
+def test_a_family_is_what_plain_transformers_gives_in_float32(name):
+    assert row(name, ["float32"]).outcome == "equal"
+
+
+def test_a_prompt_on_whose_way_the_frequencies_change_is_refused():
+    outcome = row("phi3: longrope", ["float32"]).outcome
+    assert outcome.startswith("refused: a prompt of 9 tokens")
+    assert "(plain transformers: its generate and its forward pass differ" in outcome
 
 
 def test_every_causal_language_model_has_a_row():
