@@ -31,8 +31,9 @@ class SleepingGenerator:
     def progress(self) -> int:
         return time.monotonic_ns()
 
-    async def load(self, policy: str) -> None:
+    async def load(self, policy: str) -> list[str]:
         """There is no policy."""
+        return []
 
     async def set_weights(self, weights: Any, version: int) -> bool:
         self._version = version

@@ -28,7 +28,7 @@ class Frail(Generator):
             file.write(f"{self._number}\n")
         while (self._flags / "slow load").exists():
             time.sleep(0.05)
-        await super().load(policy)
+        notes = await super().load(policy)
         advance = self._engine.advance
 
         def slowly():
@@ -37,6 +37,7 @@ class Frail(Generator):
             return advance()
 
         self._engine.advance = slowly
+        return notes
 
     async def generate(self, item):
         if self._first("hang"):
@@ -67,6 +68,7 @@ class Brittle:
     async def load(self, policy):
         if policy == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        return []
 
     async def generate(self, item):
         if "kill" in item.prompts:
