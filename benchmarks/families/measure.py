@@ -21,11 +21,11 @@ FLOAT32 = 1e-4
 BFLOAT16 = 1.5
 """How many times further from it than the model's own bfloat16 pass, by root mean square and by maximum."""
 ROUNDS = 4
-"""Sets of prompts, all counted together, before a bfloat16 distance is over the limit: where rounding changes the
-choice of an expert, few tokens make up the distance."""
-TIES = 1e-3
-"""Share of tokens that may be further away in float32 where a model chooses experts or tokens by their scores: two that
-are equal to rounding are chosen either way, in whole passes and in steps."""
+"""Sets of prompts, counted together, before a distance is over its limit.
+
+Where a model chooses experts or tokens by their scores, two that are equal to rounding are chosen either way, and all
+that follows in the sequence is another: a tie. Sets in which that happened are left out, up to half of them.
+"""
 DTYPES = ("float32", "bfloat16")
 
 
@@ -80,7 +80,7 @@ def row(name: str, dtypes: Sequence[str] = DTYPES) -> Row:
     elif told:
         found.outcome = "; ".join(told)
     elif found.ties:
-        found.outcome = f"equal but for ties ({found.ties})"
+        found.outcome = f"equal but for ties in {found.ties} sets of prompts"
     if own is not None and found.outcome != "equal":
         found.outcome += f" (plain transformers: {own})"
     return found
@@ -106,10 +106,7 @@ def _words(error: Exception) -> str:
 def _policy(found: Row, model: PreTrainedModel, dtype: str) -> Iterator[str]:
     """Fills the row's cells of a policy in a format; what is over the limits."""
     policy = ours.Policy(model, dtype)
-    *both, own = _measure(policy.measure)
-    if dtype == "float32":
-        both = [_untied(found, one, model.config) for one in both]
-    sampled, learnt = both
+    sampled, learnt, own = _measure(found, policy.measure, chooses(model.config))
     found.sampler[dtype], found.learner[dtype] = policy.sampler, policy.learner
     found.policy[dtype] = max(_cell(sampled, own), _cell(learnt, own))
     yield from _fault(f"sampler in {dtype} ({policy.sampler})", sampled, own)
@@ -119,28 +116,31 @@ def _policy(found: Row, model: PreTrainedModel, dtype: str) -> Iterator[str]:
 def _reward(found: Row, config: Any, dtype: str) -> Iterator[str]:
     """The same of a reward model."""
     reward = ours.Reward(config, dtype)
-    scored, own = _measure(reward.measure, 4 * ROUNDS)  # a set has few rewards
+    scored, own = _measure(found, reward.measure, chooses(config))
     found.reward_path, found.reward[dtype] = reward.path, _cell(scored, own)
     yield from _fault(f"reward in {dtype} ({reward.path})", scored, own)
 
 
-def _measure(measure: Callable[[int], tuple[Distance, ...]], rounds: int = ROUNDS) -> tuple[Distance, ...]:
+def _measure(found: Row, measure: Callable[[int], tuple[Distance, ...]], ties: bool) -> tuple[Distance, ...]:
     """Distances over as many sets of prompts as it takes; the last is the model's own."""
-    found = measure(0)
-    for seed in range(1, rounds):
-        if all(over(one, found[-1]) <= 1 for one in found):
-            break
-        found = tuple(a + b for a, b in zip(found, measure(seed), strict=True))
-    return found
+    sets = []
+    while len(sets) < ROUNDS:
+        sets.append(measure(len(sets)))
+        if _within(_together(sets)):
+            return _together(sets)
+    apart = [one for one in sets if not _within(one)]
+    if not ties or 2 * len(apart) > len(sets):
+        return _together(sets)
+    found.ties += len(apart)
+    return _together([one for one in sets if _within(one)])
 
 
-def _untied(found: Row, one: Distance, config: Any) -> Distance:
-    """The distance without ties, which are counted in the row."""
-    far = one.apart > FLOAT32
-    if chooses(config) and far.sum() <= TIES * len(far):
-        found.ties += int(far.sum())
-        return Distance(one.apart[~far])
-    return one
+def _together(sets: Sequence[tuple[Distance, ...]]) -> tuple[Distance, ...]:
+    return tuple(sum(column[1:], column[0]) for column in zip(*sets, strict=True))
+
+
+def _within(distances: tuple[Distance, ...]) -> bool:
+    return all(over(one, distances[-1]) <= 1 for one in distances)
 
 
 def over(found: Distance, own: Distance) -> float:
