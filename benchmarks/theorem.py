@@ -148,16 +148,14 @@ def distances(world: Path, artifacts: Any, utility: str, beta: float) -> dict[st
     tokenizer = load_tokenizer(str(world / "policy"), "policy.path")
     chat = ChatFormat(tokenizer, "policy")
     every = responses(len(VOCABULARY), 0, LENGTH)
-    texts = tokenizer.batch_decode([list(r) for r in every], skip_special_tokens=True)
     prompts = [chat.prompt_tokens(p) for p in PROMPTS]
     ids = np.array([prompt_id(p) for p in PROMPTS], np.uint64)
     group = np.repeat(np.arange(len(PROMPTS)), len(every))
+    rows = [list(r) for r in every] * len(PROMPTS)
+    texts = chat.response_texts(PROMPTS, prompts, group, rows, set(chat.end_tokens()))
     names = ("helpful", "harmless")
     raw = np.stack(
-        [
-            RewardScorer(n, str(world / n)).score([PROMPTS[g] for g in group], texts * len(PROMPTS))
-            for n in names
-        ],
+        [RewardScorer(n, str(world / n)).score([PROMPTS[g] for g in group], texts) for n in names],
         1,
     )
     statistics, rules = BaselineStatistics.load(artifacts.statistics_path), artifacts.rules

@@ -124,6 +124,7 @@ class Proof:
         if hasattr(cache, "first"):
             cache.first = first
         handles, logits = cache.prefill([self.cases[i].prompt.tolist() for i in places])
+        assert len(logits) == len(places), f"{len(logits)} distributions for {len(places)} prompts"
         rows = [(n, s) for s in range(SAMPLES) for n in range(len(places))]
         early = len(rows) // 2 if cache.joins else len(rows)  # the others join while these are under way
         out = {row: [logits[row[0]]] for row in rows}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
+from rlhf.models.attempt import takes_argument
 from rlhf.models.last_layer import LastLayer
 from rlhf.models.reach import attention_window
 from rlhf.models.trees import Tree
@@ -33,6 +34,7 @@ class SharedCache(Cache):
         self._device = next(model.parameters()).device
         self._last = LastLayer(model.base_model)
         self._window = attention_window(model.config)
+        self._keeps = takes_argument(model.forward, "logits_to_keep")
         self.first = 0  # the position of a prompt's first token
         self._prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer
         self._own: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -114,8 +116,11 @@ class SharedCache(Cache):
             given = {"attention_mask": torch.ones_like(ids)}
         self._new = {}
         ends = torch.tensor(lengths, device=self._device).cumsum(0) - 1
+        if self._keeps:
+            given["logits_to_keep"] = ends
         with self._last.only(ends):
-            logits = self._call(ids, positions + self.first, **given, logits_to_keep=ends)[0]
+            logits = self._call(ids, positions + self.first, **given)[0]
+        logits = logits if self._keeps else logits[ends]
         new, self._new = self._new, None
         handles = [self._place(n) for n in lengths]
         self._store(handles, lengths, new)

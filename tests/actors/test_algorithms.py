@@ -69,7 +69,7 @@ def test_without_a_penalty_there_is_no_reference(jobs):
 
 def test_the_kl_coefficient_follows_its_target(jobs):
     """The KL starts at 0, below any target, so the coefficient falls at the highest rate: 20 % a horizon."""
-    job = jobs.make("algorithm.kl_target=5.0", "algorithm.kl_horizon=24", "align.kl_coef=0.1")
+    job = jobs.make("algorithm.kl_target=50.0", "algorithm.kl_horizon=24", "align.kl_coef=0.1")
     job.align()
     found = [step["kl_coef"] for step in read_metrics(job.artifacts.align_path)]
     np.testing.assert_allclose(found, [0.1, 0.1 * 0.9, 0.1 * 0.81], rtol=1e-5)  # 12 responses a step
