@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.models import attention, conversations, probe
+from rlhf.models.attempt import Failure, attempt
 from rlhf.models.conversations import Row, ScoreBatch
 from rlhf.models.last_layer import LastLayer
 from rlhf.models.load import head_of, usable_positions
@@ -89,11 +90,24 @@ class Classifier(torch.nn.Module):
         head: Any = self.inner.score
         return head(states.flatten(0, 1)[last].to(head.weight.dtype)).squeeze(-1)
 
+    @torch.no_grad()
     def compute_in(self, dtype: torch.dtype) -> None:
-        """Casts the model; the head stays float32 where the body is called apart, for rewards finer than bfloat16's."""
+        """Casts the model; the head stays float32 where the body is called apart, for rewards finer than bfloat16's.
+
+        Raises:
+            ValueError: the model cannot be computed in this format.
+        """
         cast(self.inner, dtype)
         if self.apart:
             self.inner.score.float()
+        like = next(self.parameters())
+        ids = torch.ones(1, 2, dtype=torch.long, device=like.device)
+        found = attempt(lambda: self(input_ids=ids, attention_mask=torch.ones_like(ids)))
+        if isinstance(found, Failure):
+            raise ValueError(
+                f"{type(self.inner).__name__} {self.inner.name_or_path}: its own forward pass fails in "
+                f"{str(dtype).removeprefix('torch.')}: {found.reason}; give another model or dtype"
+            )
 
 
 def score_rows(

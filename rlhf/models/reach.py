@@ -18,7 +18,10 @@ WINDOWS = {  # keys of configurations, and the kind of layer whose tokens look b
     "window_size": "sliding",
     "local_attention": "sliding",
     "attention_chunk_size": "chunked",
+    "index_topk": "",  # so many tokens an index picks, of all kinds of layers
 }
+SCANS = ("chunk_size", "mamba_chunk_size")
+"""Keys that name the tokens which a recurrent layer takes at a time."""
 BEGINNINGS = ("original_max_position_embeddings", "floor_scale", "log_scaling_n_floor")
 """Keys that name a position from which queries or rotary frequencies are scaled."""
 LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
@@ -30,13 +33,14 @@ class Reach:
 
     Sequences within `window` see all their tokens. Sequences on one side of `switch` are computed alike; of a call the
     longest decides, so both kinds never share one. `beginnings` are positions from which something else is computed,
-    by each token's own position.
+    by each token's own position; recurrent layers take sequences longer than a `scan` in parts.
     """
 
     window: int | None = None
     switch: int | None = None
     limit: int | None = None
     beginnings: tuple[int, ...] = ()
+    scan: int | None = None
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Reach:
@@ -50,6 +54,7 @@ class Reach:
             min((int(n) for n in switches if n), default=None),
             max_positions(config),
             tuple(sorted({int(n) for n in found if n})),
+            _least(*(n for key in SCANS for n in by_layer(text, key) if isinstance(n, int) and n > 0)),
         )
 
     def narrowed(self, other: Reach) -> Reach:
@@ -59,6 +64,7 @@ class Reach:
             _least(self.switch, other.switch),
             _least(self.limit, other.limit),
             tuple(sorted({*self.beginnings, *other.beginnings})),
+            _least(self.scan, other.scan),
         )
 
     def within(self, lengths: np.ndarray) -> np.ndarray:
