@@ -34,7 +34,7 @@ class _Case:
     def logprobs(self, model: PreTrainedModel) -> torch.Tensor:
         """The model's own, of every response token and the one after the last, float32 [SAMPLES, steps + 1, V]."""
         rows = torch.cat([self.prompt.expand(SAMPLES, -1), self.responses], 1)
-        return probe.own_logprobs(model, rows, "policy", self.first)[:, len(self.prompt) - 1 :]
+        return probe.own_logprobs(model, rows, "policy", self.responses.shape[1] + 1, self.first)
 
 
 class Proof:
@@ -59,12 +59,11 @@ class Proof:
         for exact in self._exact:
             probe.check_finite(exact, f"policy ({self._kind})")
         self._check_causal(model)
-        self._float32 = model.dtype == torch.float32
         self._own: list[float] | None = None
 
     def _check_causal(self, model: PreTrainedModel) -> None:
         case, exact = self.cases[0], self._exact[0]
-        alone = probe.own_logprobs(model, case.prompt[None], "policy")[0, -1]
+        alone = probe.own_logprobs(model, case.prompt[None], "policy", 1)[0, 0]
         off = probe.distance(alone, exact[0, 0])
         if off > 10 * probe.tolerance(exact[0]):
             raise ValueError(
@@ -103,16 +102,13 @@ class Proof:
             return f"{off[worst]:.2g} nats off after {self._told(worst)}"
         off = {i: _typical(logprobs, self._exact[i]) for i, logprobs in found.items()}
         times = {i: off[i] / max(self._own[i], probe.tolerance(self._exact[i])) for i in off}
-        best: dict[
-            tuple[int, int], int
-        ] = {}  # of the prompts of one length: rounding alone spoils one at times
-        for i in times:
-            case = self.cases[i].kind
-            best[case] = min(best.get(case, i), i, key=lambda i: times[i])
-        worst = max(best.values(), key=lambda i: times[i])
+        kinds = {self.cases[i].kind for i in times}
+        # the better of the prompts of one length: rounding alone spoils one at times
+        best = [min((i for i in times if self.cases[i].kind == k), key=times.__getitem__) for k in kinds]
+        worst = max(best, key=times.__getitem__)
         if times[worst] > NEAREST:
             return f"{off[worst]:.2g} nats off after {self._told(worst)}, the model's own pass {self._own[worst]:.2g}"
-        whole = (sum(times[i] ** 2 for i in best.values()) / len(best)) ** 0.5
+        whole = (sum(times[i] ** 2 for i in best) / len(best)) ** 0.5
         return None if whole <= NEAR else f"{whole:.2g} times as far off as the model's own pass"
 
     def _told(self, i: int) -> str:

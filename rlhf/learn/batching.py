@@ -256,7 +256,7 @@ def packing_fault(model: Any, what: str = "policy") -> str | None:
     for b, response in enumerate(responses[b] for b in range(len(lengths))):
         prompt = prompts[group[b]]
         whole = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
-        own.append(probe.own_logprobs(model, whole, what)[0, len(prompt) - 1 : -1])
+        own.append(probe.own_logprobs(model, whole, what, len(response) + 1)[0, :-1])
     exact = torch.cat(own)
     probe.check_finite(exact, what)
     like = next(model.parameters())

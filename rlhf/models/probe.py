@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf.models.attempt import Failure, attempt
+from rlhf.models.attempt import Failure, attempt, takes_argument
 from rlhf.models.reach import Reach
 
 EXACT = 1e-4
@@ -31,12 +31,11 @@ def room(reach: Reach, most: int = SHORT) -> int:
 
 
 @torch.no_grad()
-def own_logprobs(model: Any, rows: torch.Tensor, what: str, first: int | None = None) -> torch.Tensor:
-    """The model's own pass: log-probabilities of every next token, float32 [rows, T, vocabulary].
+def own_logprobs(model: Any, rows: torch.Tensor, what: str, keep: int, first: int = 0) -> torch.Tensor:
+    """The model's own pass: log-probabilities of the token after each of the last `keep`, float32 [rows, keep, V].
 
     Args:
-        rows: int64 [rows, T], of equal length. what: the model, in errors. first: the position of the first token, if
-            it is another than 0.
+        rows: int64 [rows, T], of equal length. what: the model, in errors. first: the position of the first token.
 
     Raises:
         ValueError: the pass itself fails; it names the model and the reason.
@@ -46,7 +45,9 @@ def own_logprobs(model: Any, rows: torch.Tensor, what: str, first: int | None = 
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if first:
         given["position_ids"] = (first + torch.arange(ids.shape[1], device=like.device))[None]
-    logits = attempt(lambda: model(**given, use_cache=False).logits.float())
+    if takes_argument(model.forward, "logits_to_keep"):
+        given["logits_to_keep"] = keep
+    logits = attempt(lambda: model(**given, use_cache=False).logits[:, -keep:].float())
     if isinstance(logits, Failure):
         raise ValueError(
             f"{what} ({type(model).__name__}): its own forward pass fails in {str(like.dtype).removeprefix('torch.')}: "
