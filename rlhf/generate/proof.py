@@ -40,8 +40,8 @@ class _Case:
 class Proof:
     """Made while the model computes in float32 by its own attention; `measure` once it is as it will be sampled from.
 
-    Prompts are short and on both sides of the model's window and scan, and begin at position 0 and before each position
-    from which the model computes otherwise. Rows of all prompts stand side by side, join and leave.
+    Prompts are short and on both sides of the model's lengths (`Reach`); they begin at position 0, and before each
+    position from which the model computes otherwise. Rows of all prompts stand side by side, join and leave.
 
     Raises:
         ValueError: the model's logits are no numbers, or depend on later tokens.
@@ -169,7 +169,7 @@ def _cases(reach: Reach, vocabulary: int, steps: int, moves: bool) -> list[_Case
     most = probe.room(reach)
     short = sorted({max(1, min(n, most - steps)) for n in (3, 6, 11, most)})
     starts = [(length, 0) for length in short]
-    for edge in sorted({n for n in (reach.window, reach.scan) if n is not None}):
+    for edge in sorted({n for n in (reach.window, reach.scan, reach.picks) if n is not None}):
         if reach.limit is None or edge + steps + 2 <= reach.limit:
             starts += [(max(1, n), 0) for n in (edge - steps // 2, edge, edge + 2)]
     if moves:

@@ -246,6 +246,8 @@ def packing_fault(model: Any, what: str = "policy") -> str | None:
     Tried on random tokens in float32: several prompts and responses, as long as the model's window allows.
     """
     reach = Reach.of(model.config)
+    if reach.picks is not None:
+        return "an index picks the tokens that are seen from all of a call"
     vocabulary, longest = model.config.get_text_config().vocab_size, probe.room(reach)
     half = longest // 2
     prompts = Ragged.of(probe.sequences([half, 1, max(half // 2, 1)], vocabulary), np.int32)

@@ -184,8 +184,8 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
         reason = "its head does not read one token alone"
         if c.apart:
             with attention.tried(model) as trial:
-                c.packs = trial.possible
-                trial.kept = trial.possible and same()
+                c.packs = trial.possible and c.reach.picks is None
+                trial.kept = c.packs and same()
             c.packs = trial.kept
             reason = "packed they get other rewards" if trial.possible else "its attention cannot be replaced"
         elif c.pad is not None and not model.config.is_encoder_decoder:  # those compare the rows of a batch

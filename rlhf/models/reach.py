@@ -18,7 +18,6 @@ WINDOWS = {  # keys of configurations, and the kind of layer whose tokens look b
     "window_size": "sliding",
     "local_attention": "sliding",
     "attention_chunk_size": "chunked",
-    "index_topk": "",  # so many tokens an index picks, of all kinds of layers
 }
 SCANS = ("chunk_size", "mamba_chunk_size")
 """Keys that name the tokens which a recurrent layer takes at a time."""
@@ -33,7 +32,8 @@ class Reach:
 
     Sequences within `window` see all their tokens. Sequences on one side of `switch` are computed alike; of a call the
     longest decides, so both kinds never share one. `beginnings` are positions from which something else is computed,
-    by each token's own position; recurrent layers take sequences longer than a `scan` in parts.
+    by each token's own position; recurrent layers take sequences longer than a `scan` in parts. Of more tokens than
+    `picks`, an index of the model's own picks those that are seen, from all of a call's: such calls are never packed.
     """
 
     window: int | None = None
@@ -41,6 +41,7 @@ class Reach:
     limit: int | None = None
     beginnings: tuple[int, ...] = ()
     scan: int | None = None
+    picks: int | None = None
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Reach:
@@ -55,6 +56,7 @@ class Reach:
             max_positions(config),
             tuple(sorted({int(n) for n in found if n})),
             _least(*(n for key in SCANS for n in by_layer(text, key) if isinstance(n, int) and n > 0)),
+            getattr(text, "index_topk", None),
         )
 
     def narrowed(self, other: Reach) -> Reach:
@@ -65,6 +67,7 @@ class Reach:
             _least(self.limit, other.limit),
             tuple(sorted({*self.beginnings, *other.beginnings})),
             _least(self.scan, other.scan),
+            _least(self.picks, other.picks),
         )
 
     def within(self, lengths: np.ndarray) -> np.ndarray:
