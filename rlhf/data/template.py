@@ -156,8 +156,28 @@ class Template:
                     f"the data or set {self.key} to a template that renders it"
                 )
             self._kept.add(role)
+        if (
+            not self.transcript
+            and any(m.get("tool_calls") for m in messages)
+            and "tool_calls" not in self._kept
+        ):
+            bare = [
+                {k: v for k, v in m.items() if k != "tool_calls"} | {"content": m.get("content") or ""}
+                for m in messages
+            ]
+            if self._render(messages) == self._render(bare):
+                raise ValueError(
+                    f"{self.owner}: the chat template leaves out tool calls; drop them from the data or set {self.key} "
+                    "to a template that renders them"
+                )
+            self._kept.add("tool_calls")
 
     def _transcript(self, messages: Sequence[Message]) -> str:
+        if any(not isinstance(m.get("content"), str) for m in messages):
+            raise ValueError(
+                f"{self.owner}: an hh-rlhf transcript has no tool calls; drop them from the data or set {self.key} to "
+                "a Jinja template"
+            )
         return "".join(f"\n\n{SPEAKERS[m['role']]}:{_spaced(m)}" for m in messages)
 
     def _render(self, messages: Sequence[Message], **options: bool) -> str:

@@ -170,6 +170,24 @@ def test_hh_transcripts(bpe):
         chat.prompt_tokens([{"role": "system", "content": "Be kind"}, *MESSAGES])
 
 
+def test_tool_calls_that_a_template_leaves_out_are_refused(bpe):
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "hat"}}}
+    messages = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages += [{"role": "user", "content": "And?"}]
+    with pytest.raises(
+        ValueError, match=r"^policy: an hh-rlhf transcript has no tool calls.*policy.chat_template"
+    ):
+        ChatFormat(bpe, "policy", "hh").prompt_tokens(messages)
+    deaf = "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"^policy: the chat template leaves out tool calls"):
+        ChatFormat(bpe, "policy", deaf).prompt_tokens(messages)
+    heard = deaf.replace(
+        "{% endfor", "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% endfor", 1
+    )
+    told = bpe.decode(ChatFormat(bpe, "policy", heard).prompt_tokens(messages))
+    assert "look_up" in told
+
+
 @pytest.mark.parametrize("template", [CHATML, "hh"])
 def test_prompt_and_response_join_to_the_conversation(bpe, template):
     chat = ChatFormat(bpe, "policy", template)
