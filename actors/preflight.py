@@ -50,6 +50,7 @@ def _check_policy(config: Config, data: RunData) -> None:
     from rlhf.data.chat import ChatFormat
     from rlhf.data.demonstrations import load_demonstrations
     from rlhf.data.rows import at
+    from rlhf.models.families import fault_of_policy
     from rlhf.models.load import load_tokenizer, policy_config, start_config
     from rlhf.models.reach import Reach
 
@@ -58,7 +59,9 @@ def _check_policy(config: Config, data: RunData) -> None:
         load_demonstrations(config.data.demonstrations)
     path, key = (policy.path, "policy.path") if policy.path else (policy.init_from, "policy.init_from")
     if critic is not None and critic.init_from is not None:
-        start_config(critic.init_from, "algorithm.critic.init_from")
+        found = start_config(critic.init_from, "algorithm.critic.init_from")
+        if (fault := fault_of_policy(found)) is not None:
+            raise ValueError(f"algorithm.critic.init_from={critic.init_from} cannot be a critic: {fault}")
         _tell(critic.init_from, "algorithm.critic.init_from")
     if path is None:
         return

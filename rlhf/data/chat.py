@@ -104,12 +104,9 @@ class ChatFormat:
         for g, tokens in zip(group, responses, strict=True):
             opening, closing = frames[g]
             said = [int(i) for i in tokens if i <= self._last]  # a policy's table may be padded
-            if said and said[-1] in ends:
-                said.pop()
-                closing = closing[:-1] if closing and closing[-1] in ends else closing
-                if closing and said[-len(closing) :] == closing:
-                    del said[-len(closing) :]
-            texts.append(text_after(self.tokenizer, prompts[g], said).removeprefix(opening))
+            end = self._decode([said.pop()]) if said and said[-1] in ends else None
+            text = text_after(self.tokenizer, prompts[g], said).removeprefix(opening)
+            texts.append(text if end is None else _without(text, closing, end))
         return tuple(texts)
 
     def end_tokens(self) -> list[int]:
@@ -172,12 +169,12 @@ class ChatFormat:
         at = next(i for i in range(len(whole) + 1) if whole[i : i + len(alone)] == alone)
         return whole[:at], whole[at + len(alone) :]
 
-    def _frame(self, content: Content) -> tuple[str, list[int]]:
-        """The text before and the tokens after what a response to this prompt says, which are not of the message."""
+    def _frame(self, content: Content) -> tuple[str, str]:
+        """The text before and after what a response to this prompt says, which is not of the message."""
         if isinstance(content, str):
-            return self.template.lost_space(content), []
+            return self.template.lost_space(content), ""
         if self.template.transcript:
-            return "", []
+            return "" if content[-1]["role"] == "assistant" else " ", ""
         if content[-1]["role"] != "assistant":
             return self.template.opening, self.template.closing
         said = content[-1]["content"]
@@ -244,6 +241,15 @@ class ChatFormat:
                 f"{self.owner}: responses cannot end: the tokenizer has no EOS token; give it one"
             )
         return tokens if tokens[-1:] == [self._eos] else [*tokens, self._eos]
+
+
+def _without(text: str, closing: str, end: str) -> str:
+    """The text without what the template closes a turn with, before the token `end`, all of it or less its space."""
+    written = closing.rpartition(end)[0] if end in closing else closing
+    for part in (written, written.rstrip()):
+        if part and text.endswith(part):
+            return text.removesuffix(part)
+    return text
 
 
 def _unless_there(first: list[int], tokens: list[int]) -> list[int]:

@@ -30,8 +30,14 @@ def is_transcript(value: Any) -> bool:
 
 
 def is_messages(value: Any) -> bool:
-    """Whether this is a list, or text that spells a list of messages and nothing else."""
-    return isinstance(value, list) or (isinstance(value, str) and LIST.fullmatch(value) is not None)
+    """Whether this is a list, or text that spells a list of messages and nothing else. (What is no JSON but looks so
+    counts: it is refused with a hint.)"""
+    if not isinstance(value, str) or LIST.fullmatch(value) is None:
+        return isinstance(value, list)
+    try:
+        return all(m.get("role") in ROLES for m in json.loads(value))
+    except ValueError:
+        return True
 
 
 def parse_transcript(text: str) -> list[Message]:

@@ -91,12 +91,9 @@ class Template:
         return " " if space and not self.tokenizer.decode(self._read(text[-64:])).endswith(space) else ""
 
     @cached_property
-    def closing(self) -> list[int]:
-        """The tokens that it writes after what the assistant says, up to the last that is no space."""
-        whole = self.conversation([USER, ASSISTANT])
-        said = self._read("".join(whole.rpartition(ASSISTANT["content"])[:2]))
-        tokens = self._read(whole)
-        return self.without_trailing_space(tokens[len(said) :]) if tokens[: len(said)] == said else []
+    def closing(self) -> str:
+        """What it writes after what the assistant says."""
+        return self.conversation([USER, ASSISTANT]).rpartition(ASSISTANT["content"])[2]
 
     def without_trailing_space(self, tokens: list[int]) -> list[int]:
         end = len(tokens)

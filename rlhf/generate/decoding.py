@@ -101,6 +101,8 @@ class _Part:
         self._device = next(model.parameters()).device
         self.rows = rows
         self._given: dict[str, Any] = {"use_cache": True}
+        if takes_argument(self._model.forward, "logits_to_keep"):
+            self._given["logits_to_keep"] = 1
 
     @property
     def where(self) -> torch.Tensor:
@@ -190,12 +192,12 @@ class NoCache:
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         device = next(self.model.parameters()).device
+        last = {"logits_to_keep": 1} if takes_argument(self.model.forward, "logits_to_keep") else {}
         parts, order = [], []
         for places in by_length(rows):
             ids = torch.tensor([rows[i] for i in places], device=device)
             mask = torch.ones_like(ids)
-            parts.append(
-                self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1].float()
-            )
+            found = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **last)
+            parts.append(found.logits[:, -1].float())
             order += places
         return torch.cat(parts)[torch.tensor(order, device=device).argsort()]

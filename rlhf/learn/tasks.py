@@ -57,6 +57,11 @@ class BradleyTerryTask:
         pad_token = load_tokenizer(self.init_from, key).pad_token_id
         model = new_reward_model(self.init_from, key, self.seed, pad_token).to(device)
         classifier = Classifier(model)
+        if not (classifier.apart or classifier.pads):
+            raise ValueError(
+                f"{key}={self.init_from}: {type(model).__name__} takes one conversation at a time, so it cannot be "
+                "trained here; give another model, or a trained one by path"
+            )
         return classifier, BradleyTerry(classifier)
 
 
@@ -92,6 +97,11 @@ class AlignTask:
             pad = load_tokenizer(start, key).pad_token_id
             value = ValueModel(new_reward_model(start, key, self.seed, pad).to(device))
             tried = Classifier(value.inner)
+            if not tried.apart:
+                raise ValueError(
+                    f"{key}={start}: {type(value.inner).__name__} has no head that reads one token, so it cannot "
+                    "tell the value of each; give a causal model"
+                )
             lay = lay.both(Layout(tried.packs, tried.reach))
             notes += [f"critic: {note}" for note in tried.notes]
             critic = trainer(value)

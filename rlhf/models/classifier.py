@@ -160,13 +160,16 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
     model, direct = c.inner, isinstance(getattr(c.inner, "score", None), torch.nn.Linear)
     rows, kin = _trial(c, direct)
     device, name = next(model.parameters()).device, f"{type(model).__name__} {model.name_or_path}".strip()
+    singles = [torch.as_tensor(row[None], dtype=torch.long, device=device) for row in rows]
+
+    def plain() -> torch.Tensor:
+        every = [model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in singles]
+        return torch.cat([logits.view(1).float() for logits in every])
+
     with _random_head(model):
-        own = torch.cat(
-            [
-                model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.view(1).float()
-                for ids in (torch.as_tensor(row[None], dtype=torch.long, device=device) for row in rows)
-            ]
-        )
+        own = attempt(plain)
+        if isinstance(own, Failure):
+            raise ValueError(f"{name}: its own forward pass fails: {own.reason}; give another model")
         if not own.isfinite().all():
             raise ValueError(f"{name}: rewards of random tokens are {own.tolist()}; check its weights")
 

@@ -228,3 +228,20 @@ def test_a_conversation_that_does_not_begin_with_the_prompt():
         error.value
     )
     assert "set policy.chat_template to" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "hh",
+        CHATML.replace("<|im_end|>", "<|over|>"),
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+    ],
+    ids=["transcript", "a mark that is no token", "empty lines"],
+)
+def test_what_a_template_writes_around_a_response_is_not_of_its_text(bpe, template):
+    chat = ChatFormat(bpe, "policy", template)
+    prompt, turn = chat.prompt_tokens(MESSAGES), chat.response_tokens(MESSAGES, "It is a hat.")
+    (text,) = chat.response_texts([MESSAGES], [prompt], [0], [turn], set(chat.end_tokens()))
+    assert text == "It is a hat."
