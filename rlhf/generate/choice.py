@@ -27,6 +27,10 @@ def row_cache(
         cache = make()
         fault = proof.fault(cache)
         if fault is None:
+            if not cache.joins and not refused:
+                refused = [
+                    f"policy ({type(model).__name__}): sampled with its own cache: slots are not refilled"
+                ]
             for reason in refused:
                 log.warning(reason)
             return cache, refused

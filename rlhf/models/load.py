@@ -67,6 +67,11 @@ def reward_config(path: str, key: str) -> Any:
                 f"{key}={path} is a causal language model ({name}), which has no head that makes rewards; give a "
                 "sequence classifier, or train one from it with init_from and preferences"
             )
+        if name.endswith("Model") and name not in _names(CLASSIFIER):
+            raise ValueError(
+                f"{key}={path} is a {name}, which has no head that makes rewards; give a sequence classifier, or train "
+                "one from it with init_from and preferences"
+            )
     if find_source(path, key).adapter is None and config.num_labels != 1:  # else the head is the adapter's
         raise ValueError(
             f"{key}={path}: a reward model has one label, this sequence classifier has {config.num_labels}; save it "

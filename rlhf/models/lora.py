@@ -84,7 +84,7 @@ def merged(model: PreTrainedModel, adapter: str) -> tuple[PreTrainedModel, set[s
             f"the adapter does not fit its base: {len(strange)} weights do not, {strange[0]} among them"
         )
     names = {name.removeprefix(PREFIX) for name in peft.load_peft_weights(adapter, device="cpu")}
-    return adapted.merge_and_unload(), names
+    return adapted.merge_and_unload().requires_grad_(True), names  # peft freezes the base
 
 
 def is_adapted(model: torch.nn.Module) -> bool:

@@ -145,4 +145,5 @@ def naming(key: str, path: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             check_allowed(path, key)
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{key}={path} cannot be loaded: {lines[0]}") from error
+        here = "" if Path(path).expanduser().exists() else "there is no such folder here, and "
+        raise ValueError(f"{key}={path} cannot be loaded: {here}{lines[0]}") from error

@@ -97,7 +97,7 @@ CASES = {
             "policy.training.steps=4",
             "stages=[sft]",
         ],
-        r"loss.* \(in LearnerRank.fit\)$",
+        r"step \d+: the (loss|gradient) of .*learning rate .* \(in LearnerRank.fit\)$",
     ),
 }  # fmt: skip
 

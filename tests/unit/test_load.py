@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.models.load import load_config, load_policy, load_reward_model, load_tokenizer, new_reward_model
+from rlhf.models.lora import is_adapted
 from rlhf.models.source import trust_remote_code
 from rlhf.store import source_fingerprint
 from tests.tiny import save_policy, tokenizer
@@ -131,12 +132,15 @@ def test_an_adapter_is_merged_into_its_base(policy_folder, tmp_path):
         n for n, _ in load_policy(str(policy_folder)).named_parameters()
     ]
     torch.testing.assert_close(found(IDS).logits, policy(IDS).logits, atol=1e-4, rtol=1e-4)
+    assert all(p.requires_grad for p in found.parameters())
+    assert not is_adapted(found)
     assert load_config(str(tmp_path / "p"), "policy.path").vocab_size == 26
     plain = AutoModelForSequenceClassification.from_pretrained(policy_folder, num_labels=1)
     rewards = save_adapter(policy_folder, tmp_path / "r", plain, "SEQ_CLS")
     found = load_reward_model(str(tmp_path / "r"), KEY)
     torch.testing.assert_close(found(IDS).logits, rewards(IDS).logits, atol=1e-4, rtol=1e-4)
     body = new_reward_model(str(tmp_path / "p"), KEY, 0, 0)
+    assert all(p.requires_grad for p in body.parameters())
     torch.testing.assert_close(
         body.model.layers[1].mlp.up_proj.weight,
         load_policy(str(tmp_path / "p")).model.layers[1].mlp.up_proj.weight,
