@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,14 @@ def record(text: str = "Stir it.") -> RunRecord:
 def page(run: RunRecord, directory: Path) -> str:
     write_report(run, directory)
     return (directory / "report.html").read_text(encoding="utf-8")
+
+
+def test_slower_ways_are_told(tmp_path):
+    told = "policy (MambaForCausalLM): rows are padded: its attention < ours"
+    text = page(replace(record(), notes=(told,)), tmp_path)
+    assert f"<li>{escape(told)}</li>" in text
+    assert json.loads((tmp_path / "summary.json").read_text())["notes"] == [told]
+    assert "Slower ways" not in page(record(), tmp_path)
 
 
 class Tags(HTMLParser):
