@@ -105,7 +105,7 @@ class Classifier(torch.nn.Module):
         found = attempt(lambda: self(input_ids=ids, attention_mask=torch.ones_like(ids)))
         if isinstance(found, Failure):
             raise ValueError(
-                f"{type(self.inner).__name__} {self.inner.name_or_path}: its own forward pass fails in "
+                f"reward model ({_name(self.inner)}): its own forward pass fails in "
                 f"{str(dtype).removeprefix('torch.')}: {found.reason}; give another model or dtype"
             )
 
@@ -159,7 +159,7 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
     """
     model, direct = c.inner, isinstance(getattr(c.inner, "score", None), torch.nn.Linear)
     rows, kin = _trial(c, direct)
-    device, name = next(model.parameters()).device, f"{type(model).__name__} {model.name_or_path}".strip()
+    device, name = next(model.parameters()).device, _name(model)
     singles = [torch.as_tensor(row[None], dtype=torch.long, device=device) for row in rows]
 
     def plain() -> torch.Tensor:
@@ -169,7 +169,9 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
     with _random_head(model):
         own = attempt(plain)
         if isinstance(own, Failure):
-            raise ValueError(f"{name}: its own forward pass fails: {own.reason}; give another model")
+            raise ValueError(
+                f"reward model ({name}): its own forward pass fails: {own.reason}; give another model"
+            )
         if not own.isfinite().all():
             raise ValueError(f"{name}: rewards of random tokens are {own.tolist()}; check its weights")
 
@@ -200,6 +202,10 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
         way = "are padded" if c.apart or c.pads else "are scored one by one"
         c.notes.append(f"{name}: conversations {way}, as {reason}")
         log.warning(c.notes[-1])
+
+
+def _name(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} {model.name_or_path}".strip()
 
 
 def _trial(c: Classifier, direct: bool) -> tuple[list[np.ndarray], list[int]]:
