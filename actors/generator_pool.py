@@ -58,13 +58,13 @@ class GeneratorPool:
         rollout: RolloutConfig,
         chat_template: str | None,
         role: RoleConfig,
-        item_timeout: float,
+        silence: float,
         kind: type = Generator,
     ) -> None:
         actor = ray.remote(kind).options(max_restarts=-1, max_task_retries=0, **actor_options(role))
         self._actors = [actor.remote(n, rollout, chat_template, role) for n in range(role.count)]
-        self._fleet, self._timeout = Fleet(item_timeout), item_timeout
-        self._links = [Link(n, a, self._fleet, item_timeout) for n, a in enumerate(self._actors)]
+        self._fleet, self._timeout = Fleet(silence), silence
+        self._links = [Link(n, a, self._fleet, silence) for n, a in enumerate(self._actors)]
         self._work: dict[ray.ObjectRef, _Work] = {}
         self._policy = Policy("")
 
@@ -140,7 +140,7 @@ class GeneratorPool:
         self._fleet.tick()
         outcomes: list[Outcome] = []
         for worker in self._fleet.silent():
-            silence = f"no sign of life for align.item_timeout={self._timeout:g} s"
+            silence = f"no sign of life for recovery.silence={self._timeout:g} s"
             log.warning("generator %d is restarted: %s", worker, silence)
             ray.kill(self._actors[worker], no_restart=False)
             left = self._leave(worker, blamed=True)
@@ -191,7 +191,7 @@ class GeneratorPool:
             if self._fleet.deaths(item.id) == TRIES:
                 raise ValueError(
                     f"{_named(item)}: the generator that had it died, or gave no sign of life for "
-                    f"align.item_timeout={self._timeout:g} s, {TRIES} times, the last {TRIES - 1} with nothing else "
+                    f"recovery.silence={self._timeout:g} s, {TRIES} times, the last {TRIES - 1} with nothing else "
                     "to do; leave these prompts out, or give generators more memory, or more time"
                 )
         return outcomes

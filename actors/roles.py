@@ -46,7 +46,7 @@ class Roles:
     @property
     def generators(self) -> GeneratorPool:
         c = self.config
-        parts = (c.rollout, c.policy.chat_template, c.resources.generators, c.align.item_timeout)
+        parts = (c.rollout, c.policy.chat_template, c.resources.generators, c.recovery.silence)
         return self._role("generators", parts, lambda: GeneratorPool(*parts))
 
     @property

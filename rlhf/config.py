@@ -156,6 +156,16 @@ class RolloutConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When the stages that train save what they need to go on (`align`; `sft` and `reward_models` likewise)."""
+
+    every: int | None  # steps; null: by minutes alone
+    minutes: float | None  # since the last one; null: by steps alone
+    keep: int  # newest checkpoints kept
+    resume: str  # auto: the newest of the same configuration and code; never; or the folder of one
+
+
+@dataclass
 class AlignConfig:
     steps: int
     prompts_per_step: int
@@ -165,7 +175,19 @@ class AlignConfig:
     weight_decay: float
     max_grad_norm: float
     staleness: int  # versions a trained sample may be behind the policy; 0: on-policy, reproducible
-    item_timeout: float  # seconds after which a silent generator's work is run elsewhere
+    max_skipped: int  # steps in a row left out because their gradient is not finite; one more ends the run
+    checkpoint: CheckpointConfig
+
+
+@dataclass
+class RecoveryConfig:
+    """How long a role is waited for, and what is done when it ends or is stuck."""
+
+    restarts: int  # of a stage's roles, without a trained step between them
+    backoff: float  # seconds before the first restart; twice as many before each further one, 60 at most
+    silence: float  # seconds without a sign of life after which a role at work is stuck
+    startup: float  # seconds in which a role has to start and to load its model
+    grace: float  # seconds for a checkpoint after SIGTERM or Ctrl-C
 
 
 @dataclass
@@ -239,5 +261,6 @@ class Config:
     evaluate: EvaluateConfig
     deepspeed: DeepSpeedConfig
     resources: ResourcesConfig
+    recovery: RecoveryConfig
     logging: LoggingConfig
     study: StudyConfig | None

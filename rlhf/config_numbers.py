@@ -103,7 +103,15 @@ RANGES: dict[type, dict[str, Range]] = {
         "weight_decay": NOT_NEGATIVE,
         "max_grad_norm": NOT_NEGATIVE,  # 0: gradients are not clipped
         "staleness": NOT_NEGATIVE,
-        "item_timeout": POSITIVE,
+        "max_skipped": NOT_NEGATIVE,
+    },
+    c.CheckpointConfig: {"every": POSITIVE, "minutes": POSITIVE, "keep": POSITIVE},
+    c.RecoveryConfig: {
+        "restarts": NOT_NEGATIVE,
+        "backoff": NOT_NEGATIVE,
+        "silence": POSITIVE,
+        "startup": POSITIVE,
+        "grace": NOT_NEGATIVE,
     },
     c.EvaluateConfig: {
         "samples": POSITIVE,

@@ -142,7 +142,7 @@ def test_impossible_values_are_refused_by_key(overrides, message):
         ("align.learning_rate=[[0,0.1],[5,-inf]]", r"align.learning_rate=-inf must be a finite number"),
         ("align.learning_rate=[[0,0.1],[5,-1]]", r"align.learning_rate=-1 must be 0 or more"),
         ("align.learning_rate=[[0,true]]", r"align.learning_rate must be a number or"),
-        ("align.item_timeout=0", r"align.item_timeout=0.0 must be above 0"),
+        ("recovery.silence=0", r"recovery.silence=0.0 must be above 0"),
         ("algorithm.kl_horizon=inf", r"algorithm.kl_horizon=inf must be a finite number"),
         ("algorithm.clip_low=0", r"algorithm.clip_low=0.0 must be above 0"),
         ("rollout.temperature=0", r"rollout.temperature=0.0 must be above 0"),
