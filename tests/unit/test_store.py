@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rlhf.store import Store, check_writable, link, write_atomic
+from rlhf.files import link, write_atomic
+from rlhf.store import Store, check_writable
 
 
 def test_of_two_jobs_that_make_the_same_the_first_to_end_stays(tmp_path):
