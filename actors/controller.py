@@ -37,7 +37,8 @@ from actors.learner import Coefficients, LearnerGroup, Lost, merged
 from actors.metrics import StepMetrics
 from actors.saver import Saver
 from rlhf.config import AlignConfig
-from rlhf.flow.history import History
+from rlhf.flow import history
+from rlhf.flow.history import Admitted, Asked, History, Rewarded, Trained
 from rlhf.flow.leases import Lease
 from rlhf.flow.ledger import Ledger
 from rlhf.timeline import Span
@@ -118,7 +119,7 @@ class Controller:
             if self._asked() and self._step is None:
                 return
             self._ledger.pulled(self._generators.version)
-            self._history.admitted(self._ledger.admit(until))
+            self._admit(until)
             self._dispatch()
             self._train()
             self._publish_again()
@@ -128,6 +129,11 @@ class Controller:
             self._sampled(self._generators.tend())
             for ref in ready(self._pending()):
                 self._handle(ref)
+
+    def _admit(self, until: int) -> None:
+        items = self._ledger.admit(until)
+        if items:
+            self._history.add(Admitted(tuple(items)))
 
     def _pending(self) -> list[ray.ObjectRef]:
         at_learner = self._step.waiting if self._step is not None else ()
@@ -142,7 +148,7 @@ class Controller:
             if worker is not None:
                 self._generators.submit(self._work(item), worker)
                 self._ledger.sampling(item)
-                self._history.sampling(item, worker)
+                self._history.add(Asked(item, worker, self._generators.version))
 
     def _handle(self, ref: ray.ObjectRef) -> None:
         if ref in self._scoring:
@@ -162,10 +168,11 @@ class Controller:
         for item, sampled in outcomes:
             if sampled is None:
                 self._ledger.again(item.id)
-                self._history.lost(item.id, "its generator")
+                self._history.add(history.Lost(item.id, "its generator ended"))
                 continue
             self._ledger.scoring(item.id)
-            self._history.sampled(item.id, sampled.summary.version)
+            summary = sampled.summary
+            self._history.add(history.Sampled(item.id, summary.version, summary.responses, summary.tokens))
             self._held[item.id] = _Held(sampled)
             self._scoring[self._reward(sampled.rollouts)] = item.id
 
@@ -182,11 +189,11 @@ class Controller:
         held.rewards = ref
         self._put(item)
         self._ledger.ready(item)
-        self._history.rewarded(item)
+        self._history.add(Rewarded(item))
 
     def _again(self, item: int, why: str) -> None:
         """What was made of the item is lost."""
-        self._history.lost(item, why)
+        self._history.add(history.Lost(item, why))
         self._generators.lost(self._held.pop(item).sampled.item, why)
         self._ledger.again(item)
 
@@ -246,7 +253,9 @@ class Controller:
         held = [self._held.pop(item) for item in step.batch]
         metrics = self._measured(step, parts, held, version, learned)
         self._step = None
-        self._history.trained(step.batch, [h.summary.version for h in held])
+        versions = tuple(h.summary.version for h in held)
+        attempts = (self._history.attempt,) * len(held)
+        self._history.add(Trained(version, tuple(step.batch), attempts, versions))
         self._saver.trained(self.version, self._state)
         self._train()  # before anything that the learner need not wait for
         self._on_step(metrics)

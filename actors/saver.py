@@ -34,20 +34,19 @@ class Saver:
         checkpoints: Checkpoints,
         learner: LearnerGroup,
         step: int,
-        before: Callable[[], None] = lambda: None,
-        after: Callable[[int], None] = lambda _: None,
+        before: Callable[[int], None] = lambda _: None,
         also: Callable[[int], bool] = lambda _: False,
         besides: Callable[[], Sequence[int]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
-            before: called before a checkpoint is made valid; after: after that, with its step.
+            before: called with the step before its checkpoint is made valid.
             also: whether a step is saved whatever the configuration says.
             besides: steps whose checkpoints are kept beside the newest.
         """
         self._config, self._checkpoints, self._learner, self._clock = config, checkpoints, learner, clock
-        self._before, self._after, self._also, self._besides = before, after, also, besides
+        self._before, self._also, self._besides = before, also, besides
         self._saving: _Saving | None = None
         self._last, self.saved = clock(), step  # when the last one was begun, and of which step the newest is
 
@@ -108,8 +107,7 @@ class Saver:
     def _commit(self, saving: _Saving) -> None:
         parts = of_ranks(saving.files)
         assert saving.state is not None, saving
-        self._before()
+        self._before(saving.step)
         files = {name: (size, digest) for part in parts for name, size, digest in part}
         self._checkpoints.commit(saving.step, saving.folder, saving.state, files, self._besides())
         self._saving, self.saved = None, saving.step
-        self._after(saving.step)

@@ -21,7 +21,8 @@ from rlhf.changes import told as changes_told
 from rlhf.checkpoints import Checkpoint, Checkpoints, read
 from rlhf.code import code_version
 from rlhf.files import write_atomic
-from rlhf.flow.history import History
+from rlhf.flow.history import Began, Ended, History
+from rlhf.flow.history import Checkpoint as Saved
 from rlhf.progress import StageView
 from rlhf.store import CHECKPOINTS, fingerprint
 from rlhf.types import WorkItem
@@ -175,6 +176,7 @@ class _Run:
         self.progress, self.asked, self.config, self.roles = progress, asked, stage.config, job.roles
         self.metrics = StepMetrics(self.config.align, self.config.algorithm)
         self.policy = stage.stages.of(Sft).policy_path
+        self.items_per_step = self.config.align.prompts_per_step // self.config.rollout.prompts_per_item
         self.step = 0
 
     def load(self, begun: Checkpoint | None) -> None:
@@ -209,7 +211,9 @@ class _Run:
         from rlhf.logs import MetricsWriter
 
         writer = MetricsWriter(self.folder, self.config.logging.tensorboard, self.step)
+        align, items = self.config.align, self.items_per_step
         history = History(self.folder / "history.jsonl")
+        history.begin(Began(self.step, align.steps, items, align.staleness, self.job.why))
 
         def on_step(found: dict[str, float]) -> None:
             step = int(found["step"])
@@ -219,19 +223,24 @@ class _Run:
             text += f"KL {found['kl']:.2f} nats  " if "kl" in found else ""
             self.progress.update(step, text + f"{found['response_tokens']:.0f} tokens")
 
+        def saved(step: int) -> None:
+            writer.sync()
+            history.add(Saved(step))
+
         saver = Saver(
             self.config.align.checkpoint,
             self.checkpoints,
             self.roles.learner,
             self.step,
-            before=writer.sync,
-            after=history.checkpoint,
+            before=saved,
         )
         controller = self._controller(saver, history, on_step)
         controller.run(self.config.align.steps)
         if self.asked():
             return saver.save(controller.version, self._state())
         saver.finish()
+        history.add(Ended(controller.version, ""))
+        history.close()
         writer.close()
         timeline.write(self.folder / "timeline.json", list(controller.spans))
         self._save_policy()
@@ -268,7 +277,7 @@ class _Run:
             on_step,
             self.asked,
         )
-        return Controller(c.align, c.align.prompts_per_step // c.rollout.prompts_per_item, self.step, parts)
+        return Controller(c.align, self.items_per_step, self.step, parts)
 
     def _work(self, item: int) -> WorkItem:
         """Work item `item` of the run, the same whenever it is asked for."""
@@ -276,7 +285,7 @@ class _Run:
 
         c, prompts = self.config, self.stage.data.prompts
         size = c.rollout.prompts_per_item
-        step, part = divmod(item, c.align.prompts_per_step // size)
+        step, part = divmod(item, self.items_per_step)
         chosen = batch_indices(len(prompts), c.align.prompts_per_step, step, c.seed)
         contents = tuple(prompts[i].content for i in chosen[part * size : (part + 1) * size])
         return WorkItem(item, contents, c.align.samples_per_prompt, seed_of(c.seed, "align", item))

@@ -44,7 +44,7 @@ def fit(
             learner.restore(begun.folder)
             job.view.line(f"{name}: goes on from step {step}")
         writer = MetricsWriter(folder, tensorboard=False, steps=step)
-        saver = Saver(config.align.checkpoint, checkpoints, learner, step, before=writer.sync)
+        saver = Saver(config.align.checkpoint, checkpoints, learner, step, before=lambda _: writer.sync())
         reference = ray.put(data)
         while step < training.steps:
             stop = saver.next_stop(step, min(step + CHUNK, training.steps))

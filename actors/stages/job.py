@@ -28,6 +28,7 @@ class Job:
         self.roles = Roles(stages, session, view.line)
         self.seconds: dict[str, float] = {}
         self.skipped: list[str] = []
+        self.why = ""  # why the stage was begun again last
         self._session, self._started = session, started
         self._restarts = Restarts(self.config.recovery.restarts, self.config.recovery.backoff)
 
@@ -66,6 +67,7 @@ class Job:
             ValueError: it fails again and again without progress.
         """
         self._restarts.progressed()
+        self.why = ""
         while True:
             try:
                 return attempt()
@@ -73,6 +75,7 @@ class Job:
                 why = fault(error)
                 if why is None:
                     raise
+                self.why = why
                 self._session.renew(self.config, entirely=self._restarts.count > 0)
                 self.view.line(f"{label}: {why}; its processes are started again")
                 if not self._restarts.again():
