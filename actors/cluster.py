@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import RayError
 
 from actors.address import check_cluster, given_address
 from actors.resources import check_offer
 from rlhf.config import Config
 from rlhf.models.source import TRUST
 
-ANSWERS = 20.0  # seconds, at most, for a new process
+NEEDED = ("gcs_server", "raylet")  # processes of Ray without which nothing goes on
+ENDS = 10.0  # seconds, at most, for killed processes to be gone
 IN_WORDS = (Exception, RuntimeError, ConnectionError)  # what `ray.init` raises when it says what is wrong
 SOCKET = 107  # bytes of a socket's path, at most
 IN_FOLDER = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray makes
@@ -66,21 +69,43 @@ class Cluster:
         where = "on this machine" if self.own else "on the given cluster"
         return f"{offer.get('CPU', 0):g} CPUs, {offer.get('GPU', 0):g} GPUs {where}"
 
-    def answers(self) -> bool:
-        """Whether a process can be started on it."""
-        try:
-            ray.get(ray.remote(num_cpus=0)(_nothing).remote(), timeout=ANSWERS)
-        except RayError:
-            return False
-        return True
+    def fault(self) -> str | None:
+        """Which process of a Ray of this run's own has ended, or is stopped; None: none. Asks the system, as calls of
+        `ray` wait for a dead head for a minute and then end the process that made them."""
+        if not self.own:
+            return None
+        for name, process in _processes():
+            if process.poll() is not None:
+                return f"Ray's {name} ended with status {process.returncode}"
+            if name in NEEDED and psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+                return f"Ray's {name} is stopped"
+        return None
 
     def stop(self) -> None:
-        """Disconnects; a Ray that this run started ends with all its processes."""
+        """Disconnects; a Ray that this run started ends with all its processes, whatever state they are in."""
+        if self.own:
+            _end_processes()
         ray.shutdown()
 
 
-def _nothing() -> None:
-    """What is asked of a Ray to see whether it answers."""
+def _processes() -> list[tuple[str, subprocess.Popen]]:
+    """What Ray has started in this process, by name."""
+    node = ray._private.worker._global_node
+    every = {} if node is None else node.all_processes
+    return [(name, info.process) for name, infos in every.items() for info in infos if name in NEEDED]
+
+
+def _end_processes() -> None:
+    """First of all: a `ray.shutdown` waits for a raylet that is stopped for ever."""
+    found = []
+    for _, process in _processes():
+        with suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid)
+            found += [*started.children(recursive=True), started]
+    for each in found:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(found, timeout=ENDS)
 
 
 def _settle(dashboard: bool) -> None:

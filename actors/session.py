@@ -55,11 +55,18 @@ class Session:
             role.stop()
         self._roles = {}
 
+    def fault(self) -> str | None:
+        """What of a Ray of this session's own has ended; None: nothing, as far as is known."""
+        starting = self._starting
+        if starting is None or not starting.done() or starting.exception() is not None:
+            return None
+        return starting.result().fault()
+
     def renew(self, config: Config, entirely: bool) -> None:
         """Ends the roles, whatever state they are in, so that they are made anew; `entirely`, or when it does not
         answer, a Ray of this session's own too."""
         cluster = self.cluster
-        if cluster.own and (entirely or not cluster.answers()):
+        if cluster.own and (entirely or cluster.fault() is not None):
             self._roles = {}
             cluster.stop()
             self._starting = None

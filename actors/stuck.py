@@ -17,14 +17,15 @@ DUMP = 20.0  # seconds for py-spy
 
 
 def stacks() -> str:
-    """The stacks of all threads of this process."""
+    """The stacks of the threads of this process in which code of this package is; if there are none, of all."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = [
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
         for ident, frame in sys._current_frames().items()
         if ident != threading.get_ident()
     ]
-    return "\n".join(parts)
+    ours = [part for part in parts if innermost(part) != part.splitlines()[0]]
+    return "\n".join(ours or parts)
 
 
 def where(asked: ray.ObjectRef | None, pid: int | None, node: str | None) -> str:

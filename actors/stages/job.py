@@ -10,6 +10,7 @@ from actors.failures import fault
 from actors.roles import Roles
 from actors.session import Session
 from actors.stages.stage import Output, Stage, Stages
+from actors.watchdog import watched
 from rlhf.files import link
 from rlhf.flow.restarts import Restarts
 from rlhf.progress import View
@@ -70,9 +71,10 @@ class Job:
         self.why = ""
         while True:
             try:
-                return attempt()
+                with watched(self._session.fault):
+                    return attempt()
             except Exception as error:
-                why = fault(error)
+                why = self._session.fault() or fault(error)
                 if why is None:
                     raise
                 self.why = why

@@ -1,0 +1,50 @@
+"""Raises a `Fault` in the main thread, whatever it waits for, when what it needs has ended."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from actors.failures import Fault
+
+EVERY = 1.0  # seconds between two looks
+SIGNAL = signal.SIGUSR1
+
+
+@contextmanager
+def watched(fault: Callable[[], str | None]) -> Iterator[None]:
+    """While the block runs, `fault` is asked every second, in another thread. What it says ends the block.
+
+    For the main thread: only there a signal is heard, which interrupts calls of other libraries too.
+    """
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
+        yield
+        return
+    found: list[str] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(EVERY):
+            why = fault()
+            if why is not None and not over.is_set():
+                found.append(why)
+                signal.pthread_kill(main.ident or 0, SIGNAL)
+                return
+
+    def hear(*_: object) -> None:
+        if found and not over.is_set():
+            over.set()
+            raise Fault(found[0])
+
+    before = signal.signal(SIGNAL, hear)
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(SIGNAL, before)
