@@ -137,10 +137,17 @@ def _adapter_settings(path: str) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def naming(key: str, path: str) -> Iterator[None]:
     """Turns a loading failure into one error that names the configuration key and the path."""
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
 
     try:
         yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{key}={path} cannot be loaded: its weights are a pickle that is damaged or holds more than tensors, "
+            "which is not run; save the model as safetensors (save_pretrained)"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             check_allowed(path, key)

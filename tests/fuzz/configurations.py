@@ -24,8 +24,9 @@ VALUES: list[Any] = [
     None, True, False, 0, 1, 2, 3, -1, -2.5, 0.5, 1e-9, 1e300, 10**9, 2**63, -(2**63), 10**400, 2**31,
     float("nan"), float("inf"), float("-inf"), "", " ", "x", "0", "nan", "none", "null", "auto", "é", "漢字", "🙂",
     "\u202eabc", "a\x00b", "a\x1b[31mb", "a\nb", "a\tb", "../x", "../../x", "a/b", "/dev/null/x", "~/nowhere",
-    "~nobody/x", "con", "a.b", "a b", "a'b", 'a"b', "<script>", "{{ 1/0 }}", "{% for %}", "$HOME", "${seed}", "${nowhere}", "%s",
-    "x" * 300, "x" * 5000, [], [1], ["x"], [None], [[0, 1]], [[0, "a"]], [[1, 1], [0, 1]], [float("nan")], [[0, -1]],
+    "~nobody/x", "con", "a.b", "a b", "a'b", 'a"b', "<script>", "{{ 1/0 }}", "{% for %}", "$HOME", "${seed}",
+    "${nowhere}", "%s", "x" * 300, "x" * 5000, [], [1], ["x"], [None], [[0, 1]], [[0, "a"]], [[1, 1], [0, 1]], [float("nan")],
+    [[0, -1]],
     {}, {"x": 1}, {"x": {"y": None}}, {"1": 2}, "helpful & ~(", "helpful &", "((((", "not", "1 + 1",
     "*.jsonl", "[", "https://nobody:secret@localhost:1/x", "file:///etc/passwd", ".", "/", "float32", "bfloat16",
 ]  # fmt: skip
@@ -119,6 +120,7 @@ def _change(draw: random.Random, keys: list[str]) -> tuple[str, tuple[str, ...]]
     value = draw.choice(VALUES)
     words = value if isinstance(value, list) else [value]  # a file that is not there is named itself
     told = tuple(shown(f"{word}: no ") for word in words if isinstance(word, str))
+    told += tuple(word for word in words if isinstance(word, str) and word.startswith("${"))
     return f"{key}={_written(value)}", (key, *_parts(key), *told)
 
 
