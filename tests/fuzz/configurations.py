@@ -25,8 +25,8 @@ VALUES: list[Any] = [
     float("nan"), float("inf"), float("-inf"), "", " ", "x", "0", "nan", "none", "null", "auto", "é", "漢字", "🙂",
     "\u202eabc", "a\x00b", "a\x1b[31mb", "a\nb", "a\tb", "../x", "../../x", "a/b", "/dev/null/x", "~/nowhere",
     "~nobody/x", "con", "a.b", "a b", "a'b", 'a"b', "<script>", "{{ 1/0 }}", "{% for %}", "$HOME", "${seed}",
-    "${nowhere}", "%s", "x" * 300, "x" * 5000, [], [1], ["x"], [None], [[0, 1]], [[0, "a"]], [[1, 1], [0, 1]], [float("nan")],
-    [[0, -1]],
+    "${nowhere}", "%s", "x" * 300, "x" * 5000, [], [1], ["x"], [None], [[0, 1]], [[0, "a"]], [[1, 1], [0, 1]],
+    [float("nan")], [[0, -1]],
     {}, {"x": 1}, {"x": {"y": None}}, {"1": 2}, "helpful & ~(", "helpful &", "((((", "not", "1 + 1",
     "*.jsonl", "[", "https://nobody:secret@localhost:1/x", "file:///etc/passwd", ".", "/", "float32", "bfloat16",
 ]  # fmt: skip
