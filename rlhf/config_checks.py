@@ -26,7 +26,7 @@ def typed(values: DictConfig) -> Config:
     """
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:  # a whole number beyond any float
         key = getattr(error, "full_key", None) or _misfit(values)
         raise ValueError(f"configuration key '{key}': {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
@@ -39,7 +39,7 @@ def _misfit(values: DictConfig) -> str:
     for key in map(str, values):
         try:
             OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.masked_copy(values, key))
-        except OmegaConfBaseException:
+        except (OmegaConfBaseException, OverflowError):
             return key
     return "?"
 

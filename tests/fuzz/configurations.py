@@ -119,7 +119,7 @@ def _change(draw: random.Random, keys: list[str]) -> tuple[str, tuple[str, ...]]
         return f"~{key}", (key, *_parts(key))
     value = draw.choice(VALUES)
     words = value if isinstance(value, list) else [value]  # a file that is not there is named itself
-    told = tuple(shown(f"{word}: no ") for word in words if isinstance(word, str))
+    told = tuple(shown(" ".join(f"{word}: no ".split())) for word in words if isinstance(word, str))
     told += tuple(word for word in words if isinstance(word, str) and word.startswith("${"))
     return f"{key}={_written(value)}", (key, *_parts(key), *told)
 
