@@ -109,9 +109,12 @@ def find_tokenizer(path: str, key: str) -> str:
 
 def _existing(path: str, key: str) -> Path | None:
     """The folder at `path`; None: it is a hub's name (which has at most one slash and no dot first)."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
+    try:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError) as error:  # a name too long, no right to look, no home of that user
+        raise ValueError(f"{key}={path:.80} cannot be looked up: {getattr(error, 'strerror', error)}") from error
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith("/"):
         raise ValueError(f"{key}={path}: no such folder")
     return None
