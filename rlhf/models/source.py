@@ -114,7 +114,9 @@ def _existing(path: str, key: str) -> Path | None:
         if folder.is_dir():
             return folder
     except (OSError, RuntimeError) as error:  # a name too long, no right to look, no home of that user
-        raise ValueError(f"{key}={path:.80} cannot be looked up: {getattr(error, 'strerror', error)}") from error
+        raise ValueError(
+            f"{key}={path:.80} cannot be looked up: {getattr(error, 'strerror', error)}"
+        ) from error
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith("/"):
         raise ValueError(f"{key}={path}: no such folder")
     return None
