@@ -7,8 +7,12 @@ import re
 import sys
 import traceback
 
+from hydra.core.default_element import GroupDefault
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from rlhf.shown import shown
 
 # What the machine refuses, whatever the program does. Other numbers (no such file) may be a fault here.
 MACHINE = {
@@ -41,11 +45,15 @@ def reason(error: BaseException) -> str | None:
     cause = _cause(error)
     if isinstance(cause, OmegaConfBaseException | HydraException):
         return in_one_line(_composition(cause))
+    if (choice := _choice(cause)) is not None:
+        return in_one_line(
+            f"{choice} is no choice: give the name of a file in conf/{choice.partition('=')[0]}"
+        )
     if isinstance(cause, ValueError):
         return in_one_line(str(cause)) + _where(error)
     if isinstance(cause, OSError) and cause.errno in MACHINE:
         file = f": {cause.filename}" if cause.filename else " (output_dir, or the folder for temporary files)"
-        return f"{cause.strerror}{file}" + _where(error)
+        return in_one_line(f"{cause.strerror}{file}") + _where(error)
     if FULL in str(cause):
         return in_one_line(str(cause)) + _where(error)
     if not _of_ray(cause):
@@ -63,8 +71,10 @@ def in_one_line(text: str) -> str:
     """
     >>> in_one_line("a tensor\\n  of shape [2]\\n")
     'a tensor of shape [2]'
+
+    Without secrets, and without what a terminal would obey.
     """
-    return " ".join(_COLOUR.sub("", text).split())
+    return shown(" ".join(_COLOUR.sub("", text).split()))
 
 
 def _of_ray(error: BaseException) -> bool:
@@ -102,6 +112,18 @@ def _words(error: BaseException) -> str:
 
 def _last(pattern: re.Pattern[str], text: str) -> int:
     return max((m.start() for m in pattern.finditer(text)), default=0)
+
+
+def _choice(error: BaseException) -> str | None:
+    """The group and its value on which Hydra failed with an error that is not its own: only the frame knows them."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__") == "hydra._internal.defaults_list":
+            found = frame.f_locals.get("override", frame.f_locals.get("d"))
+            if isinstance(found, Override):
+                return found.input_line
+            if isinstance(found, GroupDefault):
+                return f"{found.group}={found.value}"
+    return None
 
 
 def _composition(error: BaseException) -> str:

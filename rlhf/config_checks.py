@@ -26,12 +26,22 @@ def typed(values: DictConfig) -> Config:
     """
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
+    except (OmegaConfBaseException, OverflowError) as error:  # a whole number beyond any float
+        key = getattr(error, "full_key", None) or _misfit(values)
         raise ValueError(f"configuration key '{key}': {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def _misfit(values: DictConfig) -> str:
+    """The first key that is none of a `Config` by itself: OmegaConf does not name one that is a list for a group."""
+    for key in map(str, values):
+        try:
+            OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.masked_copy(values, key))
+        except (OmegaConfBaseException, OverflowError):
+            return key
+    return "?"
 
 
 def check(config: Config) -> None:
@@ -197,7 +207,8 @@ def _check_sources(config: Config) -> None:
     for key, value in given.items():
         parts = value if isinstance(value, list) else [value]
         _refuse(
-            value is not None and not (parts and all(isinstance(part, str) and part for part in parts)),
+            value is not None
+            and not (parts and all(isinstance(part, str) and part.strip() for part in parts)),
             f"{key}={value!r} must be a file, a folder, a hub name or a pattern, or a list of these",
         )
 

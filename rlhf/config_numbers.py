@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf import config as c
 
+WORD = 2**63  # NumPy, PyTorch and Ray count in 64 bits
 SEEDS = 2**62  # the learners' seeds are derived by adding; PyTorch takes 64 bits
 
 
@@ -27,6 +28,8 @@ class Range:
         >>> Range(0, open=True).refusal(0), Range(0, 1).refusal(2), Range().refusal(math.nan), Range(0).refusal(3)
         ('must be above 0', 'must be within [0, 1]', 'must be a finite number', None)
         """
+        if isinstance(value, int) and abs(value) >= WORD:
+            return "must be below 2^63"
         if not math.isfinite(value):
             return "must be a finite number"
         if self.whole and value > 1 and value != int(value):
@@ -148,7 +151,8 @@ def _numbers(key: str, config: Any) -> Iterator[tuple[str, float, Range]]:
             yield from _numbers(f"{name}.", value)
         elif isinstance(value, dict):
             for entry, part in value.items():
-                yield from _numbers(f"{name}.{entry}.", part)
+                if is_dataclass(part):
+                    yield from _numbers(f"{name}.{entry}.", part)
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from rlhf.shown import shown
+
 EVERY = 5.0  # seconds between plain lines of one stage
 
 
@@ -22,7 +24,7 @@ class View:
         self._started = time.monotonic()
 
     def line(self, text: str) -> None:
-        self._console.print(f"[dim]{time.monotonic() - self._started:6.1f}s[/dim]  {escape(text)}")
+        self._console.print(f"[dim]{time.monotonic() - self._started:6.1f}s[/dim]  {escape(shown(text))}")
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[StageView]:
@@ -57,7 +59,7 @@ class StageView:
 
     def update(self, done: int, text: str = "") -> None:
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, text=escape(text))
+            self._progress.update(self._task, completed=done, text=escape(shown(text)))
         elif time.monotonic() - self._last >= EVERY or done == self._total:
             self._last = time.monotonic()
             self._view.line(f"{self._name}: {done}/{self._total}  {text}")

@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf.data.json_text import parsed
 from rlhf.types import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -35,7 +36,7 @@ def is_messages(value: Any) -> bool:
     if not isinstance(value, str) or LIST.fullmatch(value) is None:
         return isinstance(value, list)
     try:
-        return all(m.get("role") in ROLES for m in json.loads(value))
+        return all(isinstance(m, Mapping) and m.get("role") in ROLES for m in parsed(value))
     except ValueError:
         return True
 
@@ -66,7 +67,7 @@ def as_messages(value: Any, place: str) -> list[Message]:
     """The messages of a list, or of the JSON of one."""
     if isinstance(value, str) and is_messages(value):
         try:
-            value = json.loads(value)
+            value = parsed(value)
         except ValueError as error:
             raise ValueError(
                 f"{place} looks like a list of messages, but is not JSON ({error}); write it with json.dumps"

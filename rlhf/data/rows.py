@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.json_text import parsed
+
 ACCEPTED = (
     ".jsonl, .jsonl.gz, .json, .csv, .csv.gz, .parquet, a directory written by save_to_disk, "
     "a hub name (owner/name), a pattern (shards/*.jsonl)"
@@ -144,7 +146,7 @@ def _json_lines(source: str, path: Path) -> Iterator[Row]:
             if line.strip():
                 place = f"{source}:{number}"
                 try:
-                    values = json.loads(line)
+                    values = parsed(line)
                 except ValueError as error:  # not JSON, or not UTF-8
                     raise ValueError(
                         f"{place}: this line is not JSON ({error}); write one object a line, in UTF-8"
@@ -156,7 +158,7 @@ def _json_lines(source: str, path: Path) -> Iterator[Row]:
 def _json_list(source: str, path: Path) -> Iterator[Row]:
     text = path.read_bytes()
     try:
-        values = json.loads(text)
+        values = parsed(text)
     except ValueError as error:
         hint = "if it holds one object a line, name it .jsonl"
         raise ValueError(f"{source}: this file is not JSON ({error}); {hint}") from error

@@ -109,9 +109,14 @@ def find_tokenizer(path: str, key: str) -> str:
 
 def _existing(path: str, key: str) -> Path | None:
     """The folder at `path`; None: it is a hub's name (which has at most one slash and no dot first)."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
+    try:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError) as error:  # a name too long, no right to look, no home of that user
+        raise ValueError(
+            f"{key}={path:.80} cannot be looked up: {getattr(error, 'strerror', error)}"
+        ) from error
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith("/"):
         raise ValueError(f"{key}={path}: no such folder")
     return None
@@ -137,10 +142,17 @@ def _adapter_settings(path: str) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def naming(key: str, path: str) -> Iterator[None]:
     """Turns a loading failure into one error that names the configuration key and the path."""
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
 
     try:
         yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{key}={path} cannot be loaded: its weights are a pickle that is damaged or holds more than tensors, "
+            "which is not run; save the model as safetensors (save_pretrained)"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             check_allowed(path, key)

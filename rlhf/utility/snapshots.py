@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,11 +84,18 @@ def read(path: Path) -> Snapshot:
     Raises:
         ValueError: the content is not what was written, or in another format; it names the file.
     """
-    with np.load(path, allow_pickle=False) as stored:
-        if "format" not in stored or int(stored["format"]) != FORMAT:
-            raise ValueError(f"{path}: the baseline statistics are in an older format; delete the file")
-        text, checksum = str(stored["header"]), str(stored["checksum"])
-        arrays = {name: stored[name] for name in stored.files if name not in ("format", "header", "checksum")}
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        # cut short, an array by itself, or pickled objects, which are never loaded
+        raise ValueError(
+            f"{path}: no baseline statistics can be read from it ({error}); delete it or give another file"
+        ) from error
+    version = arrays.pop("format", None)
+    if version is None or version.shape or version != FORMAT or not {"header", "checksum"} <= arrays.keys():
+        raise ValueError(f"{path}: the baseline statistics are in an older format; delete the file")
+    text, checksum = str(arrays.pop("header")), str(arrays.pop("checksum"))
     if checksum != _checksum(text, arrays):
         raise ValueError(f"{path}: the baseline statistics in it are damaged; delete the file")
     header = json.loads(text)

@@ -47,7 +47,17 @@ def test_images_hold_the_pinned_ray_and_a_supported_python() -> None:
 
 def test_nodes_install_what_the_checkout_mounts() -> None:
     config = cluster()
-    (remote,) = config["file_mounts"]
+    (remote,) = (there for there, here in config["file_mounts"].items() if here == ".")
     commands = config["setup_commands"]
     assert all(command.startswith(f"cd {remote} && pip install -c constraints.txt ") for command in commands)
     assert commands[0].endswith(" torch"), "torch goes in first"
+
+
+def test_nodes_ask_for_a_token_that_the_file_does_not_hold() -> None:
+    config = cluster()
+    starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    starts = [command for command in starts if "ray start" in command]
+    assert len(starts) == 2
+    assert all(command.startswith("RAY_AUTH_MODE=token ray start ") for command in starts)
+    assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "RAY_AUTH_TOKEN=" not in (ROOT / "cluster.yaml").read_text()

@@ -1,0 +1,54 @@
+"""Text of users, files and models as it is shown: without secrets, and with nothing that a terminal would obey.
+
+`shown` is for a line on a terminal or in a log; `redacted` alone for a text that is saved (the configuration).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+HIDDEN = "***"
+# What a secret looks like by itself: tokens of known services, and the user's part of an address.
+_TOKEN = re.compile(
+    r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+"
+)
+_ADDRESS = re.compile(r"(?<=://)[^\s/@'\"]+@")
+# What is called one: HF_TOKEN=..., api_key: ..., "password": "..."
+_NAMED = re.compile(
+    r"""(?i)((?<![a-z0-9])(?:[a-z0-9]+[_-])*(?:token|api_?key|access_?key|secret_?key|auth_?key|secret|password|passwd)"""
+    r"""['"]?(?:=|:[ ]))(?!null\b)("[^"]*"|'[^']*'|[^\s,}&;]+)"""
+)
+_KEY = re.compile(r"(\b[A-Z0-9_]*_KEY=)([^\s,}&;]+)")
+
+
+def redacted(text: str) -> str:
+    """The text without secrets.
+
+    >>> redacted("path: https://me:word@host/x HF_TOKEN=abc max_new_tokens: 40 hf_abcdefghijklmnop")
+    'path: https://***@host/x HF_TOKEN=*** max_new_tokens: 40 ***'
+    """
+    text = _TOKEN.sub(HIDDEN, text)
+    text = _ADDRESS.sub(f"{HIDDEN}@", text)
+    return _KEY.sub(rf"\1{HIDDEN}", _NAMED.sub(rf"\1{HIDDEN}", text))
+
+
+def visible(text: str) -> str:
+    r"""The text with control characters, marks of direction and halves of surrogate pairs spelled out.
+
+    >>> visible("a\x1b[31mb\u202ec\nd é 🙂")
+    'a\\x1b[31mb\\u202ec\\nd é 🙂'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str) -> str:
+    """One line of text for people."""
+    return visible(redacted(text))
+
+
+class Formatter(logging.Formatter):
+    """Of log messages, as `shown`; a traceback keeps its lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(shown, super().format(record).split("\n")))
