@@ -93,6 +93,7 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     from actors.stages.stage import Stages
     from rlhf.files import link, write_atomic
     from rlhf.progress import View
+    from rlhf.shown import redacted
     from rlhf.store import Store
     from rlhf.versions import versions
 
@@ -101,7 +102,7 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     root = Path(config.output_dir).expanduser().absolute()
     view.line(f"run {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "config.yaml", resolved)
+    write_atomic(folder / "config.yaml", redacted(resolved))
     write_atomic(folder / "versions.json", json.dumps(versions(), indent=1))
     store = Store(root / "store", view.line)
     store.sweep()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
+from typing import Any
 
 HIDDEN = "***"
 # What a secret looks like by itself: tokens of known services, and the user's part of an address.
@@ -31,6 +33,15 @@ def redacted(text: str) -> str:
     text = _TOKEN.sub(HIDDEN, text)
     text = _ADDRESS.sub(f"{HIDDEN}@", text)
     return _KEY.sub(rf"\1{HIDDEN}", _NAMED.sub(rf"\1{HIDDEN}", text))
+
+
+def redacted_values(value: Any) -> Any:
+    """Of nested dictionaries and lists the same, every text in them without secrets."""
+    if isinstance(value, Mapping):
+        return {key: redacted_values(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted_values(part) for part in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 def visible(text: str) -> str:

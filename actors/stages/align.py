@@ -24,6 +24,7 @@ from rlhf.files import write_atomic
 from rlhf.flow.history import Began, Ended, History
 from rlhf.flow.history import Checkpoint as Saved
 from rlhf.progress import StageView
+from rlhf.shown import redacted_values
 from rlhf.store import CHECKPOINTS, fingerprint
 from rlhf.types import WorkItem
 from rlhf.utility.pipeline import Utility
@@ -95,6 +96,11 @@ class Align(Stage):
         """The aligned policy."""
         return self.path / "policy"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration as a checkpoint has it."""
+        return json.loads(json.dumps(redacted_values(asdict(self.config))))
+
     @cached_property
     def _given_checkpoint(self) -> Checkpoint | None:
         """What `align.checkpoint.resume` names.
@@ -109,7 +115,7 @@ class Align(Stage):
             found = read(Path(resume).expanduser())
         except ValueError as error:
             raise ValueError(f"align.checkpoint.resume: {error}") from None
-        check_same(found.state["config"], asdict(self.config), f"align.checkpoint.resume={resume}")
+        check_same(found.state["config"], self.settings, f"align.checkpoint.resume={resume}")
         if found.step > self.config.align.steps:
             raise ValueError(
                 f"align.checkpoint.resume={resume} is of step {found.step}, and align.steps={self.config.align.steps}"
@@ -141,7 +147,7 @@ class Align(Stage):
         for folder in (self.store.root / "unfinished" / self.name).glob("*"):
             other = Checkpoints(folder / CHECKPOINTS, 1).newest_unread()
             if other is not None:
-                found.append((differences(other.state["config"], asdict(self.config)), other))
+                found.append((differences(other.state["config"], self.settings), other))
         if found:
             different, other = min(found, key=lambda pair: len(pair[0]))
             why = f"differs in {changes_told(different)}" if different else "was made by other code"
@@ -177,6 +183,7 @@ class _Run:
         self.metrics = StepMetrics(self.config.align, self.config.algorithm)
         self.policy = stage.stages.of(Sft).policy_path
         self.items_per_step = self.config.align.prompts_per_step // self.config.rollout.prompts_per_item
+        self._versions = versions()
         self.step = 0
 
     def load(self, begun: Checkpoint | None) -> None:
@@ -254,7 +261,7 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint says beside the learner's state."""
-        return {"metrics": self.metrics.state(), "config": asdict(self.config), "versions": versions()}
+        return {"metrics": self.metrics.state(), "config": self.stage.settings, "versions": self._versions}
 
     def _controller(
         self, saver: Saver, history: History, on_step: Callable[[dict[str, float]], None]

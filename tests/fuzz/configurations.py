@@ -11,8 +11,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from actors.artifacts import Artifacts
 from actors.preflight import preflight
+from actors.stages.stage import Stages
 from rlhf.config_checks import typed
 from rlhf.shown import shown
 from rlhf.store import Store
@@ -88,7 +88,7 @@ def _bases(folder: Path) -> list[list[str]]:
 def _start(base: list[str], overrides: list[str], store: Store) -> None:
     config = typed(compose("config", [*base, *overrides]))
     data = preflight(config, store)
-    Artifacts(config, data, store).complete()
+    Stages(config, data, store).complete()
 
 
 def _keys(values: DictConfig, above: str = "") -> Iterator[str]:
