@@ -103,5 +103,9 @@ class Baseline:
                 "were done are kept"
             ) from error
 
+    def load(self, path: Path) -> None:
+        """Takes over frozen statistics."""
+        self.ask("load", str(path))
+
     def stop(self) -> None:
         ray.kill(self.actor)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from actors.address import check_cluster, given_address
 from actors.resources import check_offer
 from rlhf.config import Config
 from rlhf.models.source import TRUST
 
+ANSWERS = 20.0  # seconds, at most, for a new process
 IN_WORDS = (Exception, RuntimeError, ConnectionError)  # what `ray.init` raises when it says what is wrong
 SOCKET = 107  # bytes of a socket's path, at most
 IN_FOLDER = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray makes
@@ -64,9 +66,21 @@ class Cluster:
         where = "on this machine" if self.own else "on the given cluster"
         return f"{offer.get('CPU', 0):g} CPUs, {offer.get('GPU', 0):g} GPUs {where}"
 
+    def answers(self) -> bool:
+        """Whether a process can be started on it."""
+        try:
+            ray.get(ray.remote(num_cpus=0)(_nothing).remote(), timeout=ANSWERS)
+        except RayError:
+            return False
+        return True
+
     def stop(self) -> None:
         """Disconnects; a Ray that this run started ends with all its processes."""
         ray.shutdown()
+
+
+def _nothing() -> None:
+    """What is asked of a Ray to see whether it answers."""
 
 
 def _settle(dashboard: bool) -> None:

@@ -15,12 +15,14 @@
 
 The driver owns every object and fetches no tokens: it reads summaries and rewards only. Rule of the ledger:
 version(learner) - version(rollout) <= staleness. An item of which anything is lost with a process or a node, wherever
-it is by then, is sampled again: `rlhf.flow.fleet.TRIES` times in all.
+it is by then, is sampled again: `rlhf.flow.fleet.TRIES` times in all. What cannot be mended so raises a `Fault`: the
+stage then begins anew, from its newest checkpoint. The history has every move of every item.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,11 +35,16 @@ from actors.generator import Summary
 from actors.generator_pool import GeneratorPool, Outcome, Sampled, ready
 from actors.learner import Coefficients, LearnerGroup, Lost, merged
 from actors.metrics import StepMetrics
+from actors.saver import Saver
 from rlhf.config import AlignConfig
+from rlhf.flow import history
+from rlhf.flow.history import Admitted, Asked, History, Rewarded, Trained
 from rlhf.flow.leases import Lease
 from rlhf.flow.ledger import Ledger
 from rlhf.timeline import Span
 from rlhf.types import Rewards, WorkItem
+
+SPANS = 50_000  # what a timeline holds, at most
 
 
 @dataclass
@@ -66,44 +73,67 @@ class _Step:
     started: float = field(default_factory=time.perf_counter)
 
 
-class Controller:
-    """Runs `align.steps` steps. `work(i)` makes work item i; `reward` starts the rewarding of rollouts and returns the
-    reference of their `Rewards`; `on_step` gets each step's metrics."""
+@dataclass(frozen=True)
+class Parts:
+    """What a controller drives. `work(i)` makes work item i; `reward` starts the rewarding of rollouts and returns the
+    reference of their `Rewards`; `on_step` gets each step's metrics; `asked` says whether to end."""
 
-    def __init__(
-        self,
-        config: AlignConfig,
-        metrics: StepMetrics,
-        items_per_step: int,
-        work: Callable[[int], WorkItem],
-        generators: GeneratorPool,
-        reward: Callable[[ray.ObjectRef], ray.ObjectRef],
-        queue: Any,
-        learner: LearnerGroup,
-        on_step: Callable[[dict[str, float]], None],
-    ) -> None:
-        self._config, self._work, self._on_step = config, work, on_step
-        self._generators, self._reward, self._queue, self._learner = generators, reward, queue, learner
-        self._ledger = Ledger(config.steps, items_per_step, config.staleness)
-        self._metrics = metrics
+    work: Callable[[int], WorkItem]
+    generators: GeneratorPool
+    reward: Callable[[ray.ObjectRef], ray.ObjectRef]
+    queue: Any
+    learner: LearnerGroup
+    metrics: StepMetrics
+    saver: Saver
+    history: History
+    state: Callable[[], dict[str, Any]]  # what a checkpoint says beside the learner's
+    on_step: Callable[[dict[str, float]], None]
+    asked: Callable[[], bool]
+
+
+class Controller:
+    """Trains from version `start` on, as far as `run` is told."""
+
+    def __init__(self, config: AlignConfig, items_per_step: int, start: int, parts: Parts) -> None:
+        self._config, self._work, self._on_step, self._asked = config, parts.work, parts.on_step, parts.asked
+        self._generators, self._reward, self._queue = parts.generators, parts.reward, parts.queue
+        self._learner, self._metrics, self._saver = parts.learner, parts.metrics, parts.saver
+        self._history, self._state = parts.history, parts.state
+        self._ledger = Ledger(config.steps, items_per_step, config.staleness, start)
         self._held: dict[int, _Held] = {}
         self._scoring: dict[ray.ObjectRef, int] = {}
         self._step: _Step | None = None
         self._last = time.perf_counter()
         self._began = time.time()
-        self.spans: list[Span] = []  # what the processes did for the batches trained so far
+        self.spans: deque[Span] = deque(maxlen=SPANS)  # what the processes did for the batches trained last
 
-    def run(self) -> None:
-        """Returns when the last batch is trained and every generator has its weights."""
-        while not (self._ledger.done and self._generators.settled):
+    @property
+    def version(self) -> int:
+        """Of the learner's policy: batches trained."""
+        return self._ledger.version
+
+    def run(self, until: int) -> None:
+        """Returns when version `until` is trained and every generator has its weights, with nothing under way; or, when
+        it is asked to end, as soon as no batch is at the learner."""
+        while not (self.version == until and self._generators.settled):
+            if self._asked() and self._step is None:
+                return
             self._ledger.pulled(self._generators.version)
-            self._ledger.admit()
+            self._admit(until)
             self._dispatch()
             self._train()
             self._publish_again()
+            self._saver.tend()
+            if self._step is not None:
+                self._learner.check()
             self._sampled(self._generators.tend())
             for ref in ready(self._pending()):
                 self._handle(ref)
+
+    def _admit(self, until: int) -> None:
+        items = self._ledger.admit(until)
+        if items:
+            self._history.add(Admitted(tuple(items)))
 
     def _pending(self) -> list[ray.ObjectRef]:
         at_learner = self._step.waiting if self._step is not None else ()
@@ -118,6 +148,7 @@ class Controller:
             if worker is not None:
                 self._generators.submit(self._work(item), worker)
                 self._ledger.sampling(item)
+                self._history.add(Asked(item, worker, self._generators.version))
 
     def _handle(self, ref: ray.ObjectRef) -> None:
         if ref in self._scoring:
@@ -137,8 +168,11 @@ class Controller:
         for item, sampled in outcomes:
             if sampled is None:
                 self._ledger.again(item.id)
+                self._history.add(history.Lost(item.id, "its generator ended"))
                 continue
             self._ledger.scoring(item.id)
+            summary = sampled.summary
+            self._history.add(history.Sampled(item.id, summary.version, summary.responses, summary.tokens))
             self._held[item.id] = _Held(sampled)
             self._scoring[self._reward(sampled.rollouts)] = item.id
 
@@ -155,9 +189,11 @@ class Controller:
         held.rewards = ref
         self._put(item)
         self._ledger.ready(item)
+        self._history.add(Rewarded(item))
 
     def _again(self, item: int, why: str) -> None:
         """What was made of the item is lost."""
+        self._history.add(history.Lost(item, why))
         self._generators.lost(self._held.pop(item).sampled.item, why)
         self._ledger.again(item)
 
@@ -168,7 +204,10 @@ class Controller:
 
     def _train(self) -> None:
         batch = self._ledger.next_batch()
-        if batch is None or self._step is not None:
+        if batch is None or self._step is not None or self._asked():
+            return
+        save = self._saver.due(self.version + 1)
+        if save and self._saver.busy:  # the one before is still being written
             return
         lease = ray.get(self._queue.lease.remote(batch))
         if not isinstance(lease, Lease):  # the queue was restarted, empty
@@ -180,6 +219,8 @@ class Controller:
         parts = self._learner.align(list(lease.payloads), coefficients)
         # asked for at once, so that the learner need not wait for the question
         weights = self._learner.weights()
+        if save:
+            self._saver.start(self.version + 1)
         self._step = _Step(lease, batch, set(parts), parts, weights, coefficients)
 
     def _publish_again(self) -> None:
@@ -189,6 +230,7 @@ class Controller:
 
     def _untrained(self, step: _Step, why: dict[int, str]) -> None:
         """Items of the batch are lost, by place; the others stay for when these are there again."""
+        self._saver.drop()
         gone = {step.batch[place]: words for place, words in why.items()}
         self._queue.give_back.remote(step.lease.id, list(gone))
         self._ledger.untrained(step.batch)
@@ -211,6 +253,10 @@ class Controller:
         held = [self._held.pop(item) for item in step.batch]
         metrics = self._measured(step, parts, held, version, learned)
         self._step = None
+        versions = tuple(h.summary.version for h in held)
+        attempts = (self._history.attempt,) * len(held)
+        self._history.add(Trained(version, tuple(step.batch), attempts, versions))
+        self._saver.trained(self.version, self._state)
         self._train()  # before anything that the learner need not wait for
         self._on_step(metrics)
 

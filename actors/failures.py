@@ -8,11 +8,13 @@ from typing import Any
 
 import ray
 from ray.exceptions import (
+    GetTimeoutError,
     NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
     RayError,
+    RaySystemError,
     RayTaskError,
     WorkerCrashedError,
 )
@@ -49,6 +51,16 @@ def died(error: BaseException) -> bool:
 def lost(error: BaseException) -> bool:
     """Whether a process, or an object with its node, was lost on the way."""
     return isinstance(root(error), (*DEATHS, ObjectLostError))
+
+
+def fault(error: BaseException) -> str | None:
+    """In one line, what ended or is stuck, if a stage can begin anew after it; None: it is an error of another kind,
+    and would come again."""
+    if isinstance(root(error), Fault):
+        return str(root(error))
+    if lost(error) or isinstance(root(error), (RaySystemError, GetTimeoutError)):
+        return short(error)
+    return None
 
 
 def short(error: BaseException) -> str:

@@ -89,10 +89,11 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     Raises:
         ValueError: what the user gave cannot work; most of it is found before Ray starts.
     """
-    from actors.artifacts import Artifacts
     from actors.preflight import preflight
+    from actors.stages.stage import Stages
+    from rlhf.files import link, write_atomic
     from rlhf.progress import View
-    from rlhf.store import Store, link, write_atomic
+    from rlhf.store import Store
     from rlhf.versions import versions
 
     started = time.perf_counter()
@@ -102,14 +103,12 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "config.yaml", resolved)
     write_atomic(folder / "versions.json", json.dumps(versions(), indent=1))
-    store = Store(root / "store")
-    data = preflight(config, store)
-    artifacts = Artifacts(config, data, store)
-    if not artifacts.complete():
+    store = Store(root / "store", view.line)
+    store.sweep()
+    stages = Stages(config, preflight(config, store), store)
+    if not stages.complete():
         session.start(config)
-    from actors.roles import Roles  # seconds of imports, while Ray starts
-    from actors.stages import Job
+    from actors.stages.job import Job  # seconds of imports, while Ray starts
 
-    roles = Roles(config, artifacts, session, view.line)
-    Job(config, data, artifacts, roles, folder, view, started).execute()
+    Job(stages, session, folder, view, started).execute()
     link(root / "latest", folder)

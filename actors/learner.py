@@ -220,6 +220,8 @@ class LearnerGroup:
     def save(self, path: Path) -> None:
         of_ranks([rank.save.remote(str(path)) for rank in self.ranks])
 
+    def check(self) -> None: ...
+
     def stop(self) -> None:
         for rank in self.ranks:
             ray.kill(rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.generator import Summary
@@ -26,6 +26,14 @@ class StepMetrics:
         self._schedules = [Scheduler(_schedule(value)) for value in values]
         target = algorithm.kl_target
         self._control = None if target is None else AdaptiveKL(target, algorithm.kl_horizon)
+
+    def state(self) -> dict[str, Any]:
+        """What changes from step to step, as JSON can hold it."""
+        return {} if self._control is None else {"kl_factor": self._control.factor}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if self._control is not None:
+            self._control.factor = state["kl_factor"]
 
     def coefficients(self, step: int) -> Coefficients:
         kl, learning_rate, critic = (float(schedule.update(step)) for schedule in self._schedules)

@@ -7,26 +7,21 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
-from actors.artifacts import Artifacts
 from actors.baseline import Baseline
 from actors.generator_pool import GeneratorPool
 from actors.learner import LearnerGroup
 from actors.reward_pool import RewardPool
 from actors.session import Session
-from rlhf.config import Config, RewardModelConfig
+from actors.stages.reward_models import RewardModels
+from actors.stages.stage import Stages
+from rlhf.config import RewardModelConfig
 
 
 class Roles:
     """What a run's stages call."""
 
-    def __init__(
-        self,
-        config: Config,
-        artifacts: Artifacts,
-        session: Session,
-        say: Callable[[str], None],
-    ) -> None:
-        self.config, self.artifacts, self.session, self._say = config, artifacts, session, say
+    def __init__(self, stages: Stages, session: Session, say: Callable[[str], None]) -> None:
+        self.config, self.stages, self.session, self._say = stages.config, stages, session, say
         self._told = False
 
     def _role(self, name: str, parts: object, make: Callable[[], Any]) -> Any:
@@ -55,11 +50,11 @@ class Roles:
 
     @property
     def rewards(self) -> RewardPool:
-        return self._pool("rewards", self.config.reward_models, self.artifacts.reward_paths)
+        return self._pool("rewards", self.config.reward_models, self.stages.of(RewardModels).paths)
 
     @property
     def evaluators(self) -> RewardPool:
-        return self._pool("evaluators", self.config.evaluators, self.artifacts.evaluator_paths)
+        return self._pool("evaluators", self.config.evaluators, self.stages.of(RewardModels).evaluator_paths)
 
     def _pool(
         self, name: str, models: Mapping[str, RewardModelConfig], paths: Mapping[str, str]

@@ -55,6 +55,18 @@ class Session:
             role.stop()
         self._roles = {}
 
+    def renew(self, config: Config, entirely: bool) -> None:
+        """Ends the roles, whatever state they are in, so that they are made anew; `entirely`, or when it does not
+        answer, a Ray of this session's own too."""
+        cluster = self.cluster
+        if cluster.own and (entirely or not cluster.answers()):
+            self._roles = {}
+            cluster.stop()
+            self._starting = None
+            self.start(config)
+        else:
+            self.release()
+
     def stop(self, exiting: bool = False) -> None:
         """Ends what was started: on a cluster that was there, its roles; else Ray itself. A process that is `exiting`
         at once waits for no Ray of its own, which may still be starting: that ends with the process."""

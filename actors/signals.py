@@ -1,13 +1,16 @@
-"""SIGTERM and Ctrl-C end the command at once, with status 143 or 130, one line, and all that it started."""
+"""SIGTERM and Ctrl-C end the command with status 143 or 130, one line, and all that it started: at once, or, in stages
+with checkpoints, when one is written."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 PATIENCE = 5.0  # seconds for the main thread to end by itself
 
@@ -21,6 +24,16 @@ class Ended(BaseException):
         self.number = number
 
 
+class _Orderly:
+    """The block of `orderly` that runs, if there is one."""
+
+    def __init__(self, grace: float) -> None:
+        self.grace, self.heard = grace, 0
+
+
+_orderly: _Orderly | None = None
+
+
 def end_by_signals() -> None:
     """From now on a signal raises `Ended` in the main thread. If that does not end by it, because it waits within
     other code (for Ray's processes, say, which got the same signal), a thread ends it after a while."""
@@ -31,6 +44,29 @@ def end_by_signals() -> None:
         signal.signal(number, _raise)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(heard, ours), name="signals", daemon=True).start()
+
+
+@contextmanager
+def orderly(grace: float) -> Iterator[Callable[[], bool]]:
+    """Within, the first signal interrupts nothing. Who is within asks whether one came, saves what it has, and leaves
+    the block, which then raises `Ended`. It has `grace` seconds for that; a second signal ends it at once.
+
+    >>> with orderly(10.0) as asked: asked()
+    False
+    """
+    global _orderly
+    assert _orderly is None, "blocks are not nested"
+    _orderly = mine = _Orderly(grace)
+    try:
+        yield lambda: mine.heard != 0
+    except Exception as error:
+        if mine.heard:
+            raise Ended(mine.heard) from error
+        raise
+    finally:
+        _orderly = None
+    if mine.heard:
+        raise Ended(mine.heard)
 
 
 def leave(number: int) -> None:
@@ -53,14 +89,37 @@ def _wanted(number: int) -> bool:
 
 
 def _raise(number: int, _: object) -> None:
+    if _orderly is not None and _orderly.heard == 0 and _orderly.grace > 0:
+        _orderly.heard = number
+        sys.stderr.write(
+            f"{signal.Signals(number).name}: a checkpoint is written after this step, in {_orderly.grace:g} s at most; "
+            "a second signal ends at once\n"
+        )
+        sys.stderr.flush()
+        return
     raise Ended(number)
 
 
 def _watch(heard: int, ours: list[signal.Signals]) -> None:
-    while (number := os.read(heard, 1)[0]) not in ours:
-        pass
-    time.sleep(PATIENCE)
+    """Ends the command when its time is over, or a while after a second signal."""
+    number = _next(heard, ours, None)
+    assert number is not None
+    grace = 0.0 if _orderly is None else _orderly.grace
+    if _next(heard, ours, grace) is not None or grace == 0:
+        time.sleep(PATIENCE)
     leave(number)
+
+
+def _next(heard: int, ours: list[signal.Signals], seconds: float | None) -> int | None:
+    """The next signal of ours; None: there was none in this time."""
+    end = None if seconds is None else time.monotonic() + seconds
+    while True:
+        left = None if end is None else max(0.0, end - time.monotonic())
+        if not select.select([heard], [], [], left)[0]:
+            return None
+        number = os.read(heard, 1)[0]
+        if number in ours:
+            return number
 
 
 def _kill_children() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.artifacts import Artifacts
+from actors.stages.align import Align
+from actors.stages.baseline import Baseline
+from actors.stages.evaluate import Evaluate
+from actors.stages.stage import Stages
 from rlhf.config import Config
 from rlhf.data.prepare import prepare
 from rlhf.evaluate.cells import BEST_OF, Cell, CellFigures, best_of_figures, cell_figures
@@ -40,7 +43,7 @@ def _figures(config: Config, took: float, failed: str | None) -> CellFigures:
     assert study is not None
     if failed is not None:
         return _failed(config, took, failed)
-    base, aligned = _samples(_artifacts(config))
+    base, aligned = _samples(_stages(config))
     cell = Cell(study.arm, _point(config), config.seed, study.kl_coefs[study.point], took, base, aligned)
     try:
         return cell_figures(cell, lexicon(config))
@@ -53,11 +56,12 @@ def _best_of(done: Sequence[Config], reference: str) -> list[CellFigures]:
     by_seed = {c.seed: c for c in done if c.study is not None and c.study.arm == reference}
     figures: list[CellFigures] = []
     for seed, config in sorted(by_seed.items()):
-        artifacts, ns = _artifacts(config), config.evaluate.best_of
-        base, _ = _samples(artifacts)
-        stored = BaselineStatistics.load(artifacts.statistics_path)
+        stages, ns = _stages(config), config.evaluate.best_of
+        base, _ = _samples(stages)
+        baseline = stages.of(Baseline)
+        stored = BaselineStatistics.load(baseline.statistics_path)
         try:
-            utility = base_utility(artifacts.utility, artifacts.rules, stored, base)
+            utility = base_utility(stages.of(Align).utility, baseline.rules, stored, base)
         except ValueError as error:  # a prompt of the evaluation that the transform cannot take
             why = str(error)
             figures += [
@@ -74,13 +78,13 @@ def _point(config: Config) -> int:
     return list(config.study.kl_coefs).index(config.study.point)
 
 
-def _artifacts(config: Config) -> Artifacts:
+def _stages(config: Config) -> Stages:
     store = Store(Path(config.output_dir).expanduser().absolute() / "store")
-    return Artifacts(config, prepare(config, store), store)
+    return Stages(config, prepare(config, store), store)
 
 
-def _samples(artifacts: Artifacts) -> tuple[PolicySamples, PolicySamples]:
-    folder = artifacts.made("evaluate", artifacts.evaluate_name)
+def _samples(stages: Stages) -> tuple[PolicySamples, PolicySamples]:
+    folder = stages.of(Evaluate).path
     return load_samples(folder / "base.npz"), load_samples(folder / "aligned.npz")
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.workloads import PER_STEP, SAMPLES, WORKLOADS, Workload
-from rlhf.store import write_atomic
+from rlhf.files import write_atomic
 
 RESULTS = Path(__file__).with_name("results.json")
 TURNS = {"W1": (6, 24), "W2": (3, 10), "W3": (2, 6)}

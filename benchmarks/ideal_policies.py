@@ -64,7 +64,9 @@ def tilted(utility: np.ndarray, target: float) -> np.ndarray:
 
 def one_seed(seed: int, output: str) -> dict[str, dict[str, dict[str, float]]]:
     """Whose rewards -> arm -> KL -> joint win rate by the judge; "base" has that of the base policy."""
-    from actors.artifacts import Artifacts
+    from actors.stages.reward_models import RewardModels
+    from actors.stages.sft import Sft
+    from actors.stages.stage import Stages
     from actors.work import work_items
     from rlhf.data.chat import ChatFormat
     from rlhf.data.microcosm import LABEL_SCALE
@@ -75,15 +77,16 @@ def one_seed(seed: int, output: str) -> dict[str, dict[str, dict[str, float]]]:
     from rlhf.models.reward import RewardScorer
     from rlhf.store import Store
 
-    def artifacts(*overrides: str) -> Artifacts:
+    def stages(*overrides: str) -> Stages:
         config = composed(f"seed={seed}", f"output_dir={output}", *overrides)
         store = Store(Path(output).absolute() / "store")
-        return Artifacts(config, prepare(config, store), store)
+        return Stages(config, prepare(config, store), store)
 
-    made = artifacts("arm=lsc")
+    made = stages("arm=lsc")
     prompts, config, judge = made.data.eval_prompts, made.config, MicrocosmJudge()
-    chat = ChatFormat(load_tokenizer(made.policy_path, "policy.path"), "policy")
-    engine = TransformersEngine(load_policy(made.policy_path), chat, config.rollout.max_new_tokens, 1.0)
+    policy = made.of(Sft).policy_path
+    chat = ChatFormat(load_tokenizer(policy, "policy.path"), "policy")
+    engine = TransformersEngine(load_policy(policy), chat, config.rollout.max_new_tokens, 1.0)
     items = work_items(prompts, 8, EVERY, seed, "ideal policies")
     flat = [text for item in items for text in engine.generate(item).texts]
     texts = [flat[i : i + EVERY] for i in range(0, len(flat), EVERY)]
@@ -91,7 +94,7 @@ def one_seed(seed: int, output: str) -> dict[str, dict[str, dict[str, float]]]:
     canned = config.reward_models["harmless"].canned
     gold = judge.score(prompts, texts)
     judged_canned = judge.score(prompts, [canned] * len(prompts))
-    scorers = {n: RewardScorer(n, path) for n, path in made.reward_paths.items()}
+    scorers = {n: RewardScorer(n, path) for n, path in made.of(RewardModels).paths.items()}
     learnt = {n: scored(s, contents, texts) for n, s in scorers.items()}
     learnt_canned = {
         n: np.stack([s.score(contents, [text] * len(contents)) for text in canned], 1)
@@ -111,7 +114,7 @@ def one_seed(seed: int, output: str) -> dict[str, dict[str, dict[str, float]]]:
     for source, (rewards, fixed) in sources.items():
         found[source] = {}
         for arm in ARMS if source == "reward models" else JUDGED_ARMS:
-            utility = combined(artifacts(f"arm={arm}"), ids, rewards, fixed)
+            utility = combined(stages(f"arm={arm}"), ids, rewards, fixed)
             found[source][arm] = {f"{k:g}": float((tilted(utility, k) * won).sum(-1).mean()) for k in KLS}
     return found
 
@@ -129,6 +132,8 @@ def scored(scorer: Any, contents: Sequence[Any], texts: Sequence[Sequence[str]])
 
 def combined(made: Any, ids: np.ndarray, rewards: Scores, canned: Scores) -> np.ndarray:
     """An arm's utility of the weighted samples, float64 [P, WEIGHTED]."""
+    from actors.stages.align import Align
+    from actors.stages.baseline import Baseline
     from rlhf.utility.statistics import BaselineStatistics
 
     statistics = BaselineStatistics()
@@ -137,10 +142,12 @@ def combined(made: Any, ids: np.ndarray, rewards: Scores, canned: Scores) -> np.
         statistics.add_samples(name, np.repeat(ids, REFERENCE), before.ravel(), 0)
         for i, column in enumerate(canned[name].T):
             statistics.add_canned(name, ids, column.astype(np.float32), i)
-    references = {n: statistics.reference(n, ids, rule, 256) for n, rule in made.rules.items()}
-    raw = np.stack([rewards[n][:, -WEIGHTED:].ravel() for n in made.rules], 1).astype(np.float32)
+    rules = made.of(Baseline).rules
+    references = {n: statistics.reference(n, ids, rule, 256) for n, rule in rules.items()}
+    raw = np.stack([rewards[n][:, -WEIGHTED:].ravel() for n in rules], 1).astype(np.float32)
     group = np.repeat(np.arange(len(ids)), WEIGHTED)
-    return made.utility.combined(raw, references, group).reshape(len(ids), WEIGHTED).astype(np.float64)
+    utility = made.of(Align).utility
+    return utility.combined(raw, references, group).reshape(len(ids), WEIGHTED).astype(np.float64)
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -98,10 +98,11 @@ def configure(workload: str, world: Path, output: Path, steps: int, overrides: S
 
 
 def measure(workload: str, world: Path, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
-    from actors.artifacts import Artifacts
     from actors.job import run
     from actors.preflight import preflight
     from actors.session import Session
+    from actors.stages.align import Align
+    from actors.stages.stage import Stages
     from rlhf.store import Store
 
     session, others = Session(), OtherProcesses()
@@ -114,7 +115,7 @@ def measure(workload: str, world: Path, steps: int, overrides: Sequence[str]) ->
         finally:
             session.stop()
         store = Store(output / "store")
-        folder = Artifacts(config, preflight(config, store), store).align_path
+        folder = Stages(config, preflight(config, store), store).of(Align).path
         metrics, spans = read_metrics(folder)[WARM_UP:], timeline.read(folder / "timeline.json")
         written = (folder / "timeline.json").stat().st_mtime
     seconds = [m["seconds"] for m in metrics]

@@ -123,20 +123,22 @@ def configure(world: Path, output: Path, steps: int, samples: int, overrides: Se
 
 
 def train(config: Config, session: Any) -> Any:
-    """Runs the stages; returns the run's artifacts."""
-    from actors.artifacts import Artifacts
+    """Runs the stages, and returns them."""
     from actors.job import run
     from actors.preflight import preflight
+    from actors.stages.stage import Stages
     from rlhf.store import Store
 
     output = Path(config.output_dir)
     run(config, output / "run", "", session)
     store = Store(output / "store")
-    return Artifacts(config, preflight(config, store), store)
+    return Stages(config, preflight(config, store), store)
 
 
-def distances(world: Path, artifacts: Any, utility: str, beta: float) -> dict[str, float]:
+def distances(world: Path, stages: Any, utility: str, beta: float) -> dict[str, float]:
     """KL of the trained policy to the closed form, of the base policy to it, and the size of both terms, nats."""
+    from actors.stages.align import Align
+    from actors.stages.baseline import Baseline
     from rlhf.data.chat import ChatFormat
     from rlhf.evaluate.closed_form import kl, log_distribution, optimum, responses
     from rlhf.models.load import load_policy, load_tokenizer
@@ -158,12 +160,13 @@ def distances(world: Path, artifacts: Any, utility: str, beta: float) -> dict[st
         [RewardScorer(n, str(world / n)).score([PROMPTS[g] for g in group], texts) for n in names],
         1,
     )
-    statistics, rules = BaselineStatistics.load(artifacts.statistics_path), artifacts.rules
+    baseline = stages.of(Baseline)
+    statistics, rules = BaselineStatistics.load(baseline.statistics_path), baseline.rules
     references = {n: statistics.reference(n, ids, rules[n], 256) for n in names}
     target = Utility(utility, "and" if utility == "lsc" else "weighted_sum", {}, dict.fromkeys(names, 1.0))
     u = target.combined(raw, references, group).reshape(len(PROMPTS), -1).astype(np.float64)
     base = log_distribution(load_policy(str(world / "policy")), prompts, every)
-    trained = log_distribution(load_policy(str(artifacts.align_path / "policy")), prompts, every)
+    trained = log_distribution(load_policy(str(stages.of(Align).policy_path)), prompts, every)
     best = optimum(base, u, beta)
     return {
         "to_closed_form": kl(trained, best),

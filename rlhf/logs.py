@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends metrics to `folder/metrics.jsonl` and, if asked, to TensorBoard event files beside it."""
+    """Writes metrics to `folder/metrics.jsonl` and, if asked, to TensorBoard event files beside it.
 
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
+    It goes on after `steps` steps of those that are there; later ones, of a history that was set back, are cut off.
+
+    Raises:
+        ValueError: the file has less steps than that.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool, steps: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed by close()
+        self._file = go_on(folder / METRICS, steps)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            # what a board has of later steps it then leaves out
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1 if steps else None)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._file.write(json.dumps(dict(metrics)) + "\n")
@@ -27,11 +37,25 @@ class MetricsWriter:
             for key, value in metrics.items():
                 self._board.add_scalar(key, value, step)
 
+    def sync(self) -> None:
+        """Returns when all is on the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
 
 
+def go_on(path: Path, lines: int) -> TextIO:
+    """A file opened to add lines after its first `lines`; what is behind them is cut off."""
+    there = path.read_bytes().splitlines(keepends=True)[:lines] if lines else []
+    if len(there) < lines or (there and not there[-1].endswith(b"\n")):
+        raise ValueError(f"{path} has less than the {lines} lines that its checkpoint speaks of")
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - who asks for it closes it
+    file.truncate(sum(map(len, there)))
+    return file
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 import tempfile
-import uuid
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.checksums import damaged, write_checksums
+from rlhf.files import beside
+
+log = logging.getLogger(__name__)
+
 ADAPTER = "adapter_config.json"  # peft's name for what an adapter's folder holds
-MADE_BY = 2
-"""Counts the times that the same inputs came to give something else: what earlier code made is not taken for it."""
+WAIT_TOLD = 60.0  # seconds between two lines that say what is waited for
 WHOLE = 64 << 20  # files up to this many bytes are hashed whole, larger ones by size and time
 
 
@@ -25,7 +33,7 @@ def fingerprint(*parts: Any) -> str:
     >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1})
     True
     """
-    text = json.dumps([MADE_BY, *parts], sort_keys=True, default=_plain)
+    text = json.dumps(parts, sort_keys=True, default=_plain)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -59,7 +67,12 @@ def source_fingerprint(source: str | Sequence[str]) -> str:
 
 
 class Store:
-    """Folders `root/stage/fingerprint`. A folder is there whole or not at all: it is made beside and renamed.
+    """Folders `root/kind/name`, the name a fingerprint of what went in. One is there whole, or not at all.
+
+    A folder is made in `root/unfinished`, by one process at a time: another that wants the same waits for it. What an
+    interrupted process left there is cleared away, but for a folder with `checkpoints`: the next to make the same goes
+    on from that. A finished one has the checksums of its files; it is read once a process, and one that is damaged is
+    set aside and made again.
 
     >>> import tempfile
     >>> store = Store(Path(tempfile.mkdtemp()))
@@ -68,36 +81,130 @@ class Store:
     (True, '...')
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, say: Callable[[str], None] = log.warning) -> None:
+        self.root, self._say = root, say
+        self._whole: set[Path] = set()  # finished folders that were read
 
-    def folder(self, stage: str, name: str) -> Path:
-        return self.root / stage / name
+    def folder(self, kind: str, name: str) -> Path:
+        return self.root / kind / name
 
-    def has(self, stage: str, name: str) -> bool:
-        return self.folder(stage, name).is_dir()
+    def unfinished(self, kind: str, name: str) -> Path:
+        return self.root / "unfinished" / kind / name
 
-    def make(self, stage: str, name: str, fill: Callable[[Path], Any]) -> Path:
-        """Makes a folder by `fill(empty folder)`. Of two jobs that make the same, the first to end has its place, which
-        others may read by then; what the second made is left out."""
-        final = self.folder(stage, name)
-        beside = _beside(final)
-        beside.mkdir(parents=True)
-        try:
-            fill(beside)
+    def has(self, kind: str, name: str) -> bool:
+        """Whether a folder is there, as it was written."""
+        folder = self.folder(kind, name)
+        if folder in self._whole or not folder.is_dir():
+            return folder in self._whole and folder.is_dir()
+        damage = damaged(folder)
+        if damage is not None:
+            aside = beside(self.root / "damaged" / kind / name)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(folder, aside)
+            self._say(f"{folder} is damaged ({damage}): it was moved to {aside}")
+            return False
+        self._whole.add(folder)
+        return True
+
+    def make(self, kind: str, name: str, fill: Callable[[Path], Any]) -> Path:
+        """Makes a folder by `fill(folder)`. That begins empty, or with what an interrupted call left, if it holds
+        `checkpoints`; after an error, too, it is kept if it does."""
+        final, work = self.folder(kind, name), self.unfinished(kind, name)
+        with _alone(work, self._say) as lock:
+            if self.has(kind, name):  # made while this process waited
+                shutil.rmtree(work)
+                return final
+            _clear(work, lock)
             try:
-                os.rename(beside, final)
-            except OSError:
-                if not final.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+                fill(work)
+                _clear_hidden(work)
+                write_checksums(work, leave_out=(LOCK, CHECKPOINTS))
+                final.parent.mkdir(parents=True, exist_ok=True)
+                os.unlink(lock)
+                os.rename(work, final)
+            except BaseException:
+                if not _resumable(work):
+                    shutil.rmtree(work, ignore_errors=True)
+                raise
+        self._whole.add(final)
         return final
 
+    def sweep(self) -> None:
+        """Clears away what interrupted processes left that nobody can go on from."""
+        for work in (self.root / "unfinished").glob("*/*"):
+            if not _resumable(work):
+                with suppress(BlockingIOError), _alone(work, self._say, wait=False):
+                    shutil.rmtree(work)
 
-def _beside(path: Path) -> Path:
-    """A name in the same folder that nobody else takes, on this machine or another."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+
+CHECKPOINTS, LOCK = "checkpoints", "lock"
+
+
+def _resumable(folder: Path) -> bool:
+    """Whether it holds what one can go on from."""
+    kept = folder / CHECKPOINTS
+    return kept.is_dir() and any(not p.name.startswith(".") for p in kept.iterdir())
+
+
+def _clear(folder: Path, lock: Path) -> None:
+    if _resumable(folder):
+        _clear_hidden(folder)
+        return
+    for path in folder.iterdir():
+        if path != lock:
+            _remove(path)
+
+
+def _clear_hidden(folder: Path) -> None:
+    """Removes the beginnings of files that a process left when it was killed."""
+    for path in list(folder.rglob(".*")):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path, say: Callable[[str], None], wait: bool = True) -> Iterator[Path]:
+    """Holds the folder's lock, a file in it, which ends with the process; makes the folder. With another at work it is
+    waited for, and said so each minute.
+
+    Raises:
+        BlockingIOError: another is at work, and is not to be waited for.
+    """
+    lock, told = folder / LOCK, 0.0
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(lock, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                if time.monotonic() - told > WAIT_TOLD:
+                    told = time.monotonic()
+                    file.seek(0)
+                    say(f"{folder} is being made by another run ({file.read().strip()}): it is waited for")
+                time.sleep(0.5)
+                continue
+            if not _same(file.fileno(), lock):  # who had it has ended with the folder
+                continue
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {socket.gethostname()}")
+            file.flush()
+            yield lock
+            return
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def check_writable(key: str, folder: str) -> None:
@@ -119,21 +226,3 @@ def check_writable(key: str, folder: str) -> None:
         if isinstance(error, FileExistsError):
             said = "a file has that name"
         raise ValueError(f"{key}={folder}: {said}; give a folder that can be written") from None
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes beside, to the disk, and renames: a reader sees the old file or the new one."""
-    beside = _beside(path)
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def link(path: Path, target: Path) -> None:
-    """Points `path` at `target` by a relative symbolic link, replacing an older one at once."""
-    beside = _beside(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside.symlink_to(os.path.relpath(target, path.parent))
-    os.replace(beside, path)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.store import write_atomic
+from rlhf.files import write_atomic
 
 WAITS = {
     "generator": "work (the learner, or its weights)",

@@ -21,7 +21,7 @@ from rlhf.evaluate.comparison_words import as_table
 from rlhf.evaluate.page import template
 from rlhf.evaluate.pareto import write_pareto
 from rlhf.evaluate.words import duration
-from rlhf.store import write_atomic
+from rlhf.files import write_atomic
 
 __all__ = ["as_table", "html", "write_comparison"]
 

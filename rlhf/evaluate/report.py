@@ -37,7 +37,7 @@ from rlhf.evaluate.hacking import COUNTERS, Lexicon, hacking
 from rlhf.evaluate.page import template
 from rlhf.evaluate.record import RunRecord
 from rlhf.evaluate.wins import win_rates
-from rlhf.store import write_atomic
+from rlhf.files import write_atomic
 from rlhf.timeline import WAITS
 
 Counts = Mapping[str, Mapping[str, float]]

@@ -23,40 +23,40 @@ class Ledger:
     again, and so from a version that is no older.
 
     >>> ledger = Ledger(batches=3, size=2, staleness=0)
-    >>> ledger.admit(), ledger.admit()
+    >>> ledger.admit(until=3), ledger.admit(until=3)
     ([0, 1], [])
     >>> for item in (0, 1): ledger.sampling(item), ledger.scoring(item), ledger.ready(item)
     (None, None, None)
     (None, None, None)
     >>> ledger.next_batch()
     [0, 1]
-    >>> ledger.training([0, 1]); ledger.trained([0, 1]); ledger.admit()
+    >>> ledger.training([0, 1]); ledger.trained([0, 1]); ledger.admit(until=3)
     []
-    >>> ledger.pulled(version=1); ledger.admit()
-    [2, 3]
+    >>> ledger.pulled(version=1); ledger.admit(until=1), ledger.admit(until=3)
+    ([], [2, 3])
+
+    It may begin at a version that was reached before: of the batches up to it none is admitted, and all that was under
+    way then is sampled again.
     """
 
-    def __init__(self, batches: int, size: int, staleness: int) -> None:
+    def __init__(self, batches: int, size: int, staleness: int, start: int = 0) -> None:
         assert min(batches, size) > 0 <= staleness, (batches, size, staleness)
+        assert 0 <= start <= batches, (start, batches)
         self.batches, self.size, self.staleness = batches, size, staleness
-        self.version = 0  # the learner's: batches trained
+        self.version = start  # the learner's: batches trained
         self._pulled = 0  # what is sampled from now on is of this version at least
-        self._admitted = 0  # batches
+        self._admitted = start  # batches
         self._items: dict[int, State] = {}
-
-    @property
-    def done(self) -> bool:
-        return self.version == self.batches
 
     @property
     def capacity(self) -> int:
         """Items that are held at any time, at most."""
         return (self.staleness + 1) * self.size
 
-    def admit(self) -> list[int]:
-        """Ids that may be sampled from now on."""
+    def admit(self, until: int) -> list[int]:
+        """Ids that may be sampled from now on, of the batches that lead up to version `until`."""
         new: list[int] = []
-        while self._admitted < min(self.batches, self._pulled + self.staleness + 1):
+        while self._admitted < min(until, self.batches, self._pulled + self.staleness + 1):
             new += range(self._admitted * self.size, (self._admitted + 1) * self.size)
             self._admitted += 1
         for item in new:

@@ -15,7 +15,7 @@ from rlhf.config_checks import typed
 
 if TYPE_CHECKING:
     from actors.session import Session
-    from actors.stages import Job
+    from actors.stages.job import Job
 
 TINY = [
     "data=files",
@@ -74,6 +74,12 @@ def session_on(cluster: object) -> Session:
     return session
 
 
+def run(job: Job, name: str) -> None:
+    """Runs one stage."""
+    (stage,) = [s for s in job.stages.configured() if s.name == name]
+    stage.execute(job)
+
+
 class Jobs:
     """Makes jobs of tiny models. They share the first one's processes and its baseline, unless they are `apart`."""
 
@@ -83,14 +89,13 @@ class Jobs:
         self.apart: list[Session] = []
         self.session = session_on(cluster)
         self.warm = self.make(bare=True)
-        self.warm.baseline()
+        run(self.warm, "baseline")
 
     def make(self, *overrides: str, apart: bool = False, bare: bool = False) -> Job:
         """apart: with processes of its own; bare: without a baseline."""
-        from actors.artifacts import Artifacts
         from actors.preflight import preflight
-        from actors.roles import Roles
-        from actors.stages import Job
+        from actors.stages.job import Job
+        from actors.stages.stage import Stages
         from rlhf.progress import View
         from rlhf.store import Store
 
@@ -99,15 +104,14 @@ class Jobs:
         config = composed(*TINY, *self.given, f"output_dir={folder}", *overrides)
         store = Store(folder / "store")
         data = preflight(config, store)
-        artifacts = Artifacts(config, data, store)
+        stages = Stages(config, data, store)
         session = self.session
         if apart:
             session = session_on(self.cluster)
             self.apart.append(session)
-        roles = Roles(config, artifacts, session, lambda _: None)
         if not bare:
-            shutil.copytree(self.warm.store.root / "baseline", store.root / "baseline")
-        return Job(config, data, artifacts, roles, folder, View("off"), time.perf_counter())
+            shutil.copytree(self.warm.stages.store.root / "baseline", store.root / "baseline")
+        return Job(stages, session, folder, View("off"), time.perf_counter())
 
 
 @pytest.fixture

@@ -7,9 +7,12 @@ import pytest
 import ray
 import torch
 
+from actors.stages.align import Align
+from actors.stages.baseline import Baseline
 from rlhf.logs import read_metrics
 from rlhf.models.load import load_policy
 from rlhf.utility.statistics import BaselineStatistics
+from tests.actors.conftest import run
 
 pytestmark = pytest.mark.actors
 
@@ -19,8 +22,8 @@ def test_an_algorithm_raises_the_utility(jobs, algorithm):
     """Steps with hardly any KL penalty; the KL is measured, and with several steps a batch it is clipped."""
     options = ("align.steps=20", "align.samples_per_prompt=16", "align.learning_rate=0.004")
     job = jobs.make(f"algorithm={algorithm}", "align.kl_coef=0.001", *options)
-    job.align()
-    metrics = read_metrics(job.artifacts.align_path)
+    run(job, "align")
+    metrics = read_metrics(job.stages.of(Align).path)
     first, last = (np.mean([s["utility/combined"] for s in part]) for part in (metrics[:3], metrics[-3:]))
     assert last > first + 0.3
     assert abs(metrics[0]["kl"]) < 1e-4 < metrics[-1]["kl"]
@@ -41,43 +44,43 @@ def test_an_adapter_is_trained_against_its_own_base(jobs, policy_folder, zero):
         "resources.learner={count: 2, cpus: 0.1, gpus: 0}",
         apart=True,
     )
-    ray.get(job.roles.baseline.actor.load.remote(str(job.artifacts.statistics_path)))
-    job.align()
+    ray.get(job.roles.baseline.actor.load.remote(str(job.stages.of(Baseline).statistics_path)))
+    run(job, "align")
     base = load_policy(str(policy_folder))
-    trained = load_policy(str(job.artifacts.align_path / "policy"))
+    trained = load_policy(str(job.stages.of(Align).path / "policy"))
     changed = 0
     for (name, before), after in zip(base.named_parameters(), trained.parameters(), strict=True):
         rank = int(torch.linalg.matrix_rank(after - before, rtol=1e-3)) if before.dim() == 2 else 0
         assert rank <= 2, name
         changed += rank > 0
     assert changed == 14  # seven linear layers in each of two blocks
-    adapter = peft.PeftModel.from_pretrained(base, job.artifacts.align_path / "policy" / "adapter")
+    adapter = peft.PeftModel.from_pretrained(base, job.stages.of(Align).path / "policy" / "adapter")
     ids = torch.tensor([[2, 9, 4, 7]])
     with torch.no_grad():
         torch.testing.assert_close(
             adapter(input_ids=ids).logits, trained(input_ids=ids).logits, atol=1e-4, rtol=1e-4
         )
-    metrics = read_metrics(job.artifacts.align_path)
+    metrics = read_metrics(job.stages.of(Align).path)
     assert abs(metrics[0]["kl"]) < 1e-4 < abs(metrics[-1]["kl"])
 
 
 def test_without_a_penalty_there_is_no_reference(jobs):
     job = jobs.make("align.kl_coef=0", "align.steps=2")
-    job.align()
-    assert all("kl" not in step for step in read_metrics(job.artifacts.align_path))
+    run(job, "align")
+    assert all("kl" not in step for step in read_metrics(job.stages.of(Align).path))
 
 
 def test_the_kl_coefficient_follows_its_target(jobs):
     """The KL starts at 0, below any target, so the coefficient falls at the highest rate: 20 % a horizon."""
     job = jobs.make("algorithm.kl_target=50.0", "algorithm.kl_horizon=24", "align.kl_coef=0.1")
-    job.align()
-    found = [step["kl_coef"] for step in read_metrics(job.artifacts.align_path)]
+    run(job, "align")
+    found = [step["kl_coef"] for step in read_metrics(job.stages.of(Align).path)]
     np.testing.assert_allclose(found, [0.1, 0.1 * 0.9, 0.1 * 0.81], rtol=1e-5)  # 12 responses a step
 
 
 def baseline(job) -> tuple[dict, BaselineStatistics]:
-    job.baseline()
-    folder = job.store.folder("baseline", job.artifacts.baseline_name)
+    run(job, "baseline")
+    folder = job.stages.store.folder("baseline", job.stages.of(Baseline).output_name)
     summary = json.loads((folder / "summary.json").read_text())
     return summary, BaselineStatistics.load(folder / "statistics.npz")
 
@@ -85,9 +88,9 @@ def baseline(job) -> tuple[dict, BaselineStatistics]:
 def test_sampling_goes_on_for_uncertain_prompts_only(jobs):
     job = jobs.make("baseline.tolerance=0.3", "baseline.max_samples=16", bare=True)
     summary, statistics = baseline(job)
-    ids = np.array([p.id for p in [*job.data.prompts, *job.data.eval_prompts]], np.uint64)
+    ids = np.array([p.id for p in [*job.stages.data.prompts, *job.stages.data.eval_prompts]], np.uint64)
     counts = statistics.counts("helpful", ids)
-    errors = statistics.reference("helpful", ids, job.artifacts.rules["helpful"]).standard_error
+    errors = statistics.reference("helpful", ids, job.stages.of(Baseline).rules["helpful"]).standard_error
     assert set(counts) <= {4, 8, 12, 16}
     assert len(set(counts)) > 1
     assert (errors[counts < 16] <= 0.3).all()
@@ -96,7 +99,7 @@ def test_sampling_goes_on_for_uncertain_prompts_only(jobs):
 
 
 def test_known_statistics_are_taken_over_and_unseen_prompts_sampled_or_refused(jobs):
-    known = jobs.warm.artifacts.statistics_path
+    known = jobs.warm.stages.of(Baseline).statistics_path
     job = jobs.make(f"baseline.known={known}", "baseline.unseen=refuse", bare=True)
     summary, statistics = baseline(job)
     assert summary["samples"] == summary["prompts_sampled"] == 0
@@ -104,12 +107,12 @@ def test_known_statistics_are_taken_over_and_unseen_prompts_sampled_or_refused(j
 
     fewer = jobs.make("data.train_size=6", bare=True)
     baseline(fewer)
-    part = fewer.artifacts.statistics_path
+    part = fewer.stages.of(Baseline).statistics_path
     with pytest.raises(ValueError, match=r"baseline.known=.* has no samples of .* first .*jsonl:\d+"):
-        jobs.make(f"baseline.known={part}", "baseline.unseen=refuse", bare=True).baseline()
+        run(jobs.make(f"baseline.known={part}", "baseline.unseen=refuse", bare=True), "baseline")
     summary, statistics = baseline(jobs.make(f"baseline.known={part}", bare=True))
     assert summary["prompts_sampled"] == summary["prompts"] - 10
-    ids = np.array([p.id for p in job.data.prompts], np.uint64)
+    ids = np.array([p.id for p in job.stages.data.prompts], np.uint64)
     assert (statistics.counts("helpful", ids) == 4).all()
 
     more = ("baseline.tolerance=0.0001", "baseline.max_samples=8")
@@ -119,7 +122,7 @@ def test_known_statistics_are_taken_over_and_unseen_prompts_sampled_or_refused(j
 
     other = jobs.make(f"baseline.known={known}", "reward_models.harmless.canned=['yes .']", bare=True)
     _, statistics = baseline(other)
-    rules = other.artifacts.rules
+    rules = other.stages.of(Baseline).rules
     before = BaselineStatistics.load(known).reference("harmless", ids, rules["harmless"]).r_ref
     assert (statistics.reference("harmless", ids, rules["harmless"]).r_ref != before).all()
 
@@ -131,9 +134,9 @@ def test_references_from_a_column_of_the_prompts(jobs, prompts_file, tmp_path):
     options = ("reward_models.helpful.reference=column", "reward_models.helpful.column=r")
     job = jobs.make(f"data.prompts={given}", *options, bare=True)
     _, statistics = baseline(job)
-    ids = np.array([p.id for p in job.data.prompts], np.uint64)
-    found = statistics.reference("helpful", ids, job.artifacts.rules["helpful"])
-    np.testing.assert_array_equal(found.r_ref, [p.meta["r"] for p in job.data.prompts])
+    ids = np.array([p.id for p in job.stages.data.prompts], np.uint64)
+    found = statistics.reference("helpful", ids, job.stages.of(Baseline).rules["helpful"])
+    np.testing.assert_array_equal(found.r_ref, [p.meta["r"] for p in job.stages.data.prompts])
     assert (found.standard_error == 0).all()
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"given.jsonl:1: the column 'r' holds None"):

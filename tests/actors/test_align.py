@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 import ray
 
+from actors.stages.align import Align
+from actors.stages.baseline import Baseline
+from actors.stages.sft import Sft
 from rlhf import timeline
 from rlhf.logs import read_metrics
 from rlhf.types import Rewards
+from tests.actors.conftest import run
 
 pytestmark = pytest.mark.actors
 
 
 def align(job) -> list[dict[str, float]]:
-    job.align()
-    return read_metrics(job.artifacts.align_path)
+    run(job, "align")
+    return read_metrics(job.stages.of(Align).path)
 
 
 def without_times(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -54,31 +58,31 @@ def test_same_metrics_when_a_generator_is_killed(jobs, expected, monkeypatch):
             pids[worker] = pids[1 - worker]
 
     monkeypatch.setattr(generators, "submit", submit_and_kill)
-    job.align()
+    run(job, "align")
     assert len(calls) > 6  # some items went out twice
-    assert without_times(read_metrics(job.artifacts.align_path)) == expected
+    assert without_times(read_metrics(job.stages.of(Align).path)) == expected
 
 
 def test_same_metrics_when_the_queue_is_restarted(jobs, expected, monkeypatch):
     """A restarted queue is empty; the controller puts the items again."""
-    import actors.stages as stages
+    import actors.queue as queue
 
     started = []
 
     def start():
-        started.append(stages_start())
+        started.append(queue_start())
         return started[0]
 
-    stages_start = stages.start_queue
-    monkeypatch.setattr(stages, "start_queue", start)
+    queue_start = queue.start_queue
+    monkeypatch.setattr(queue, "start_queue", start)
     job = jobs.make()
     killer = threading.Thread(
         target=lambda: (wait_for(started), time.sleep(0.5), ray.kill(started[0], no_restart=False))
     )
     killer.start()
-    job.align()
+    run(job, "align")
     killer.join()
-    assert without_times(read_metrics(job.artifacts.align_path)) == expected
+    assert without_times(read_metrics(job.stages.of(Align).path)) == expected
 
 
 def wait_for(things: list) -> None:
@@ -97,7 +101,7 @@ def test_the_timeline_has_every_process_within_the_stage(jobs):
     job = jobs.make()
     started = time.time()
     metrics = align(job)
-    spans = timeline.read(job.artifacts.align_path / "timeline.json")
+    spans = timeline.read(job.stages.of(Align).path / "timeline.json")
     tracks = {(s.track, s.name) for s in spans}
     for number in range(2):
         assert (f"generator {number}", "sample") in tracks
@@ -114,7 +118,7 @@ def test_the_timeline_has_every_process_within_the_stage(jobs):
 def test_bfloat16_through_every_process(jobs):
     """Sampler and learner, which may round apart, stay close on-policy."""
     job = jobs.make("dtype=bfloat16", "align.staleness=1", apart=True, bare=True)
-    job.baseline()
+    run(job, "baseline")
     metrics = align(job)
     assert metrics[0]["sampler_gap"] < 0.05  # later ones are of a staler policy too
     assert all(np.isfinite(step["utility/combined"]) for step in metrics)
@@ -135,8 +139,8 @@ def test_rewards_are_the_formula(jobs, reward_folders, policy_folder):
 
     job = jobs.make()
     (sampled,) = job.roles.generators.sample([next(iter(items(job)))])
-    ray.get(job.roles.baseline.actor.load.remote(str(job.artifacts.statistics_path)))
-    utility, rules = job.artifacts.utility, job.artifacts.rules
+    ray.get(job.roles.baseline.actor.load.remote(str(job.stages.of(Baseline).statistics_path)))
+    utility, rules = job.stages.of(Align).utility, job.stages.of(Baseline).rules
     rewards: Rewards = ray.get(job.roles.rewards.rewards(sampled.rollouts, utility, rules))
     rollouts = ray.get(sampled.rollouts)
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
@@ -171,11 +175,11 @@ def test_work_that_an_earlier_call_left_is_not_taken_for_this_one(jobs):
 
     job = jobs.make()
     generators = job.roles.generators
-    generators.load(job.artifacts.policy_path)
-    left = work_items(job.data.prompts[:3], 3, 2, seed=1, purpose="left")
+    generators.load(job.stages.of(Sft).policy_path)
+    left = work_items(job.stages.data.prompts[:3], 3, 2, seed=1, purpose="left")
     generators.submit(left[0], generators.free(left[0].id, 1))
-    generators.load(job.artifacts.policy_path)  # as the next stage does
-    asked = work_items(job.data.prompts[3:12], 3, 2, seed=2, purpose="asked")
+    generators.load(job.stages.of(Sft).policy_path)  # as the next stage does
+    asked = work_items(job.stages.data.prompts[3:12], 3, 2, seed=2, purpose="asked")
     found = sorted(generators.sample(asked), key=lambda s: s.item.id)
     assert [s.item for s in found] == asked
 
@@ -183,4 +187,4 @@ def test_work_that_an_earlier_call_left_is_not_taken_for_this_one(jobs):
 def items(job):
     from actors.work import work_items
 
-    return work_items(job.data.prompts[:3], 3, 4, seed=7, purpose="test")
+    return work_items(job.stages.data.prompts[:3], 3, 4, seed=7, purpose="test")

@@ -11,10 +11,11 @@ import torch
 
 from actors.baseline import Baseline
 from actors.generator_pool import GeneratorPool, ready
+from actors.stages.sft import Sft
 from actors.work import work_items
 from rlhf.config import RoleConfig
 from rlhf.types import Prompt
-from tests.actors.conftest import composed
+from tests.actors.conftest import composed, run
 from tests.actors.frail import Brittle, Frail, Stillborn
 from tests.actors.test_align import align, expected, without_times  # noqa: F401
 
@@ -194,7 +195,7 @@ def test_same_metrics_when_rollouts_or_rewards_are_lost(jobs, expected, monkeypa
 
 def test_what_is_always_lost_is_an_error(jobs, monkeypatch):
     job = jobs.make()
-    job.roles.generators.load(job.artifacts.policy_path)
+    job.roles.generators.load(job.stages.of(Sft).policy_path)
     item = work("tea")
     with pytest.raises(
         ValueError, match=r"work item 0 \(prompts 'tea'\): .* lost 3 times, the last time by OwnerDiedError"
@@ -226,4 +227,4 @@ def test_no_rank_trains_when_one_misses_an_item(jobs, expected, monkeypatch):  #
 
     monkeypatch.setattr(learner, "align", die)
     with pytest.raises(ValueError, match=r"learner rank 1 of 2 ended \(Actor"):
-        jobs.make("resources.learner.count=2").align()
+        run(jobs.make("resources.learner.count=2"), "align")

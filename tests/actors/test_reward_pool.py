@@ -6,14 +6,18 @@ import time
 import pytest
 import ray
 
+from actors.stages.sft import Sft
 from actors.work import work_items
+from tests.actors.conftest import run
 
 pytestmark = pytest.mark.actors
 
 
 def sampled(job):
-    job.roles.generators.load(job.artifacts.policy_path)
-    (one,) = job.roles.generators.sample(work_items(job.data.prompts[:2], 2, 3, seed=1, purpose="test"))
+    job.roles.generators.load(job.stages.of(Sft).policy_path)
+    (one,) = job.roles.generators.sample(
+        work_items(job.stages.data.prompts[:2], 2, 3, seed=1, purpose="test")
+    )
     return one.rollouts
 
 
@@ -29,7 +33,7 @@ def test_nan_reward_is_an_error_with_model_and_sample(jobs, tmp_path, reward_fol
     with pytest.raises(
         ValueError, match=r"reward model 'helpful' returned nan for .* first for prompt 'what is"
     ):
-        job.baseline()
+        run(job, "baseline")
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line_and_leaves_nothing(jobs, tmp_path, reward_folders):

@@ -2,47 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
-from actors.artifacts import Artifacts
 from actors.failures import Call
 from actors.generator_pool import Sampled
-from actors.roles import Roles
+from actors.stages.reward_models import RewardModels
+from actors.stages.sft import Sft
+from actors.stages.stage import Output, Stage
 from actors.work import work_items
-from rlhf.config import Config
-from rlhf.data.prepare import RunData
+from rlhf.code import code_version
+from rlhf.files import write_atomic
 from rlhf.progress import StageView
+from rlhf.store import fingerprint, source_fingerprint
 from rlhf.types import Prompt
 from rlhf.utility.adaptive import AdaptiveSampling
+from rlhf.utility.statistics import ReferenceRule
+
+if TYPE_CHECKING:
+    from actors.stages.job import Job
+
+SCORED_BY = ("rlhf.generate.transformers_engine", "rlhf.models.reward", "actors.work")
+"""Modules on which the base policy's samples and their rewards depend."""
 
 
-class BaselineStage:
+class Baseline(Stage):
+    name = "baseline"
+
+    @cached_property
+    def rules(self) -> dict[str, ReferenceRule]:
+        """What r_ref is, by reward model."""
+        b = self.config.baseline
+        return {
+            name: ReferenceRule(kind=m.reference, level=b.level, estimator=b.estimator, constant=m.constant)
+            for name, m in self.config.reward_models.items()
+        }
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """What the base policy's rewards by each model depend on, whatever the prompts and their number."""
+        c = self.config
+        r = c.rollout
+        sampled = (
+            code_version(*SCORED_BY),
+            self.stages.of(Sft).policy_name,
+            c.policy.chat_template,
+            r.max_new_tokens,
+            r.temperature,
+            r.dtype,
+            c.dtype,
+        )
+        names, models = self.stages.of(RewardModels).names, c.reward_models
+        return {n: fingerprint(sampled, name, models[n].chat_template) for n, name in names.items()}
+
+    @cached_property
+    def output_name(self) -> str:
+        b, models = self.config.baseline, self.config.reward_models
+        adaptive = (
+            (b.tolerance, b.max_samples, {n: vars(r) for n, r in self.rules.items()}) if b.tolerance else None
+        )
+        return fingerprint(
+            "baseline",
+            code_version("rlhf.utility.statistics", "rlhf.utility.adaptive"),
+            self.keys,
+            self.data.prompts_fingerprint(),
+            self.config.rollout.prompts_per_item,
+            b.samples,
+            b.exact,
+            b.known and source_fingerprint(b.known),
+            adaptive,
+            {n: m.canned for n, m in models.items() if m.reference == "canned"},
+            {n: self.data.column(m.column) for n, m in models.items() if m.reference == "column"},
+            self.config.seed,
+        )
+
+    @property
+    def _output(self) -> Output:
+        return Output("baseline", "baseline", self.output_name)
+
+    @property
+    def outputs(self) -> list[Output]:
+        return [self._output]
+
+    @property
+    def statistics_path(self) -> Path:
+        return self.made(self._output) / "statistics.npz"
+
+    def make(self, job: Job, output: Output, folder: Path) -> None:
+        with job.view.stage("baseline", 1) as progress:
+            found = _Sampling(self, job, progress).run()
+        errors = "  ".join(f"{n} {row['standard_error']:.2f}" for n, row in found["references"].items())
+        job.view.line(
+            f"baseline: {found['samples']} base responses; median standard error of r_ref: {errors}"
+        )
+        if "samples_saved" in found:
+            job.view.line(f"baseline: {found['samples_saved']} samples saved by the tolerance")
+        job.roles.baseline.ask("save", str(folder / "statistics.npz"))
+        write_atomic(folder / "summary.json", json.dumps(found, indent=1))
+
+    def links(self) -> Mapping[str, Path]:
+        return {"baseline": self.made(self._output)} if self.done else {}
+
+
+class _Sampling:
     """Fills the estimator and freezes it.
 
     Prompts that earlier statistics have (`baseline.known`) are not sampled again; others are, or are refused. With a
     tolerance, rounds of `baseline.samples` go on for the prompts whose r_ref is not sure enough yet.
     """
 
-    def __init__(
-        self, config: Config, data: RunData, artifacts: Artifacts, roles: Roles, progress: StageView
-    ) -> None:
-        self._config, self._data, self._artifacts, self._roles = config, data, artifacts, roles
-        self._progress, self._rules = progress, artifacts.rules
+    def __init__(self, stage: Baseline, job: Job, progress: StageView) -> None:
+        self._stage, self._job, self._progress = stage, job, progress
+        self._config, self._data, self._rules = stage.config, stage.data, stage.rules
+        data = stage.data
         self._prompts = list({p.id: p for p in [*data.prompts, *data.eval_prompts]}.values())
         self._ids = np.array([p.id for p in self._prompts], np.uint64)
         self._items = self._taken = 0
 
     def run(self) -> dict[str, Any]:
         """What to tell of it: samples taken and saved, and for each model the median standard error of r_ref."""
-        with self._roles.start_beside("rewards"):
-            self._roles.generators.load(self._artifacts.policy_path)
-        self._actor, ask = self._roles.baseline.actor, self._roles.baseline.ask
-        ask("reset", self._artifacts.baseline_keys, self._config.baseline.exact)
+        roles = self._job.roles
+        with roles.start_beside("rewards"):
+            roles.generators.load(self._stage.stages.of(Sft).policy_path)
+        self._actor, ask = roles.baseline.actor, roles.baseline.ask
+        ask("reset", self._stage.keys, self._config.baseline.exact)
         unseen = self._unseen()
         updates = self._canned() + self._columns()
         found: dict[str, Any] = {}
@@ -70,8 +159,8 @@ class BaselineStage:
         baseline = self._config.baseline
         if baseline.known is None:
             return self._prompts
-        ask = self._roles.baseline.ask
-        ask("adopt", baseline.known, self._artifacts.baseline_keys)
+        ask = self._job.roles.baseline.ask
+        ask("adopt", baseline.known, self._stage.keys)
         known = ask("known", self._rules, self._ids)
         unseen = [p for p, k in zip(self._prompts, known, strict=True) if not k]
         if unseen and baseline.unseen == "refuse":
@@ -85,19 +174,19 @@ class BaselineStage:
         """One round of samples for these prompts."""
         c = self._config
         # Beside known samples new ones are drawn, not those of the earlier run again.
-        purpose = "baseline" if c.baseline.known is None else f"baseline {self._artifacts.baseline_name}"
+        purpose = "baseline" if c.baseline.known is None else f"baseline {self._stage.output_name}"
         items = work_items(
             prompts, c.rollout.prompts_per_item, c.baseline.samples, c.seed, purpose, self._items
         )
         self._items += len(items)
         self._progress.extend(self._items)
-        source, models, rewards = self._artifacts.baseline_name, list(self._rules), self._roles.rewards
+        source, models, rewards = self._stage.output_name, list(self._rules), self._job.roles.rewards
 
         def update(sampled: Sampled) -> ray.ObjectRef:
             raw = rewards.raw(sampled.rollouts)
             return self._actor.update.remote(models, sampled.rollouts, raw, source)
 
-        found = self._roles.generators.sample(items, update)
+        found = self._job.roles.generators.sample(items, update)
         for done, sampled in enumerate(found, self._items - len(items) + 1):
             self._taken += sampled.summary.responses
             self._progress.update(done, f"{self._taken} base responses")
@@ -108,7 +197,7 @@ class BaselineStage:
         assert b.tolerance is not None
         sampling = AdaptiveSampling(b.tolerance, b.samples, b.max_samples)
         while True:
-            progress = self._roles.baseline.ask("progress", sampling, self._rules, self._ids)
+            progress = self._job.roles.baseline.ask("progress", sampling, self._rules, self._ids)
             if not progress.needs.any():
                 return progress.saved
             self._sample([p for p, needs in zip(self._prompts, progress.needs, strict=True) if needs])
@@ -119,12 +208,12 @@ class BaselineStage:
         contents, ids = [p.content for p in self._prompts], self._ids
         for name, model in self._config.reward_models.items():
             for i, canned in enumerate(model.canned if model.reference == "canned" else []):
-                item = (self._artifacts.baseline_name, i)
+                item = (self._stage.output_name, i)
 
                 def update(
                     name: str = name, canned: str = canned, item: tuple[str, int] = item
                 ) -> ray.ObjectRef:
-                    rewards = self._roles.rewards.canned(name, contents, [canned] * len(contents))
+                    rewards = self._job.roles.rewards.canned(name, contents, [canned] * len(contents))
                     return self._actor.update_canned.remote(name, ids, rewards, item)
 
                 updates.append(Call(f"scoring of reward_models.{name}.canned", update))

@@ -4,13 +4,32 @@ import json
 
 import pytest
 
-from actors.artifacts import Artifacts
+from actors.stages.align import Align
+from actors.stages.base_samples import BaseSamples
+from actors.stages.baseline import Baseline
+from actors.stages.evaluate import Evaluate
+from actors.stages.reward_models import RewardModels
+from actors.stages.sft import Sft
+from actors.stages.stage import Stages
 from rlhf.data.prepare import prepare
 from rlhf.store import Store
 from tests.unit.test_config import config
 
 SMALL = ["data.microcosm={demonstrations: 50, pairs: 20, eval_share: 0.2, seed: 0}", "evaluators=microcosm"]
 NAMES = ("policy_name", "reward_names", "evaluator_names", "baseline_name", "align_name", "base_samples_name")
+
+
+def names_of(stages: Stages) -> dict[str, object]:
+    models = stages.of(RewardModels)
+    return {
+        "policy_name": stages.of(Sft).policy_name,
+        "reward_names": models.names,
+        "evaluator_names": models.evaluator_names,
+        "baseline_name": stages.of(Baseline).output_name,
+        "align_name": stages.of(Align).output_name,
+        "base_samples_name": stages.of(BaseSamples).output_name,
+        "evaluate_name": stages.of(Evaluate).output_name,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +39,7 @@ def names(tmp_path_factory):
 
     def of(*overrides: str) -> dict[str, object]:
         made = config(*SMALL, *overrides)
-        artifacts = Artifacts(made, prepare(made, store), store)
-        return {name: getattr(artifacts, name) for name in NAMES} | {"evaluate_name": artifacts.evaluate_name}
+        return names_of(Stages(made, prepare(made, store), store))
 
     return of
 
@@ -38,6 +56,9 @@ def names(tmp_path_factory):
         ("evaluate.level=0.5", {"base_samples_name", "evaluate_name"}),
         ("evaluate.best_of=[2]", set()),
         ("resources.generators.count=1", set()),
+        ("align.checkpoint={every: 2, keep: 9}", set()),
+        ("deepspeed=zero3", set()),
+        ("recovery.silence=5", set()),
         ("seed=1", {*NAMES, "evaluate_name"}),
     ],
 )
@@ -69,8 +90,12 @@ def test_a_change_in_any_of_several_files_changes_the_names(tmp_path):
             f"data.demonstrations=[{tmp_path}/shard1.jsonl,{tmp_path}/shard2.jsonl]",
         )
         store = Store(tmp_path / "store")
-        artifacts = Artifacts(made, prepare(made, store), store)
-        return artifacts.policy_name, artifacts.reward_names, artifacts.evaluator_names
+        stages = Stages(made, prepare(made, store), store)
+        return (
+            stages.of(Sft).policy_name,
+            stages.of(RewardModels).names,
+            stages.of(RewardModels).evaluator_names,
+        )
 
     put("p.jsonl", "a", "b")
     put("shard1.jsonl", "c")
