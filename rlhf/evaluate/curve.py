@@ -27,7 +27,7 @@ from rlhf.evaluate.wins import (
     prompt_wins,
 )
 from rlhf.evaluate.words import judged_by_rewards, percent
-from rlhf.store import write_atomic
+from rlhf.files import write_atomic
 
 FILE = "evaluations.jsonl"
 OPTIMISED, OWN, APART = "reward_models", "judge", "evaluators"
