@@ -30,11 +30,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from actors.failures import lost, rank_error, short
+from actors.failures import lost, short
 from actors.generator import Summary
 from actors.generator_pool import GeneratorPool, Outcome, Sampled, ready
 from actors.learner import Coefficients, LearnerGroup, Lost, merged
 from actors.metrics import StepMetrics
+from actors.ranks import rank_error
 from actors.saver import Saver
 from rlhf.config import AlignConfig
 from rlhf.flow import history
@@ -125,7 +126,7 @@ class Controller:
             self._publish_again()
             self._saver.tend()
             if self._step is not None:
-                self._learner.check()
+                self._learner.check(self._step.parts)
             self._sampled(self._generators.tend())
             for ref in ready(self._pending()):
                 self._handle(ref)

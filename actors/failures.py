@@ -33,7 +33,6 @@ class Fault(Exception):
 
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
-EXPLAINS = 10.0  # seconds in which a rank's death becomes known after the errors of those that waited for it
 
 
 def root(error: BaseException) -> BaseException:
@@ -119,43 +118,3 @@ def tell_if_late(calls: Sequence[ray.ObjectRef], who: str, what: str) -> None:
     _, late = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE)
     if late:
         log.warning("%d of %d %s %s after %.0f s: is there room?", len(late), len(calls), who, what, PATIENCE)
-
-
-def of_ranks(calls: Sequence[ray.ObjectRef]) -> list[Any]:
-    """What the learner's ranks answer.
-
-    A rank that ends leaves the others waiting for it for ever, or with an error of their connection to it: neither is
-    waited for.
-
-    Raises:
-        ValueError: a rank has ended.
-    """
-    try:
-        return ray.get(list(calls))
-    except RayError as error:
-        raise rank_error(calls, error) from error
-
-
-def rank_error(calls: Sequence[ray.ObjectRef], error: RayError) -> Exception:
-    """The error to raise for one of a call of all ranks: a rank's death, before what the others say of it."""
-    if not died(error) and len(calls) > 1:
-        ray.wait(list(calls), num_returns=len(calls), timeout=EXPLAINS)
-    for rank, call in enumerate(calls):
-        found = _error(call)
-        if found is not None and died(found):
-            return ValueError(
-                f"learner rank {rank} of {len(calls)} ended ({short(found)}); the log of its node says why: often too "
-                "little memory, and a lower deepspeed.micro_batch_tokens or a higher ZeRO stage need less"
-            )
-    return error
-
-
-def _error(call: ray.ObjectRef) -> RayError | None:
-    """The error of a call, if it has ended with one by now."""
-    if not ray.wait([call], timeout=0)[0]:
-        return None
-    try:
-        ray.get(call)
-    except RayError as error:
-        return error
-    return None

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.failures import fetched, of_ranks, short, tell_if_late
+from actors.failures import fetched, short, tell_if_late
+from actors.ranks import Watch, of_ranks
 from actors.resources import actor_options, keep_memory, set_threads
-from rlhf.config import DeepSpeedConfig, RoleConfig, TrainingConfig
+from actors.stuck import place, stacks
+from rlhf.checksums import checksum
+from rlhf.config import DeepSpeedConfig, RecoveryConfig, RoleConfig, TrainingConfig
 from rlhf.timeline import Recorder, Span
 from rlhf.types import Experience
 
 if TYPE_CHECKING:
+    from rlhf.learn.state import Snapshot
     from rlhf.learn.tasks import AlignTask, Task
     from rlhf.learn.trainer import Trainer, Weights
 
@@ -47,13 +53,24 @@ class Lost:
         return cls({i: short(error) for i, error in errors})
 
 
-class LearnerRank:
-    """One rank. Every rank must get the same calls in the same order: their collectives wait for each other."""
+GROUPS = {"beside": 1, "health": 1}
+"""Concurrency groups of a rank: what is written while it trains, and whether it is alive."""
 
-    def __init__(self, rank: int, world: int, config: DeepSpeedConfig, role: RoleConfig) -> None:
-        self.rank, self.world, self.config, self.role = rank, world, config, role
+
+class LearnerRank:
+    """One rank. Every rank must get the same calls in the same order: their collectives wait for each other. `write`,
+    `alive` and `stacks` are called in groups of their own, and answered meanwhile."""
+
+    def __init__(
+        self, rank: int, world: int, config: DeepSpeedConfig, role: RoleConfig, patience: float
+    ) -> None:
+        """patience: seconds that a collective waits for other ranks: who is stuck is found out otherwise."""
+        self.rank, self.world, self.config, self.role, self._patience = rank, world, config, role, patience
         self._recorder = Recorder(f"learner {rank}")
         self._weights: Weights | None = None  # published last
+        self._snapshot: Snapshot | None = None
+        self._trainers: dict[str, Trainer] = {}
+        self._beats = 0
         set_threads(role.cpus)
         keep_memory()
         if role.gpus == 0:
@@ -63,6 +80,16 @@ class LearnerRank:
 
         import rlhf.learn.tasks
         import rlhf.learn.trainer  # noqa: F401
+
+    def place(self) -> tuple[int, str]:
+        return place()
+
+    def alive(self) -> int:
+        """Another number than before if the rank has got on."""
+        return self._beats + sum(trainer.beats for trainer in self._trainers.values())
+
+    def stacks(self) -> str:
+        return stacks()
 
     def address(self) -> str:
         return ray.util.get_node_ip_address()
@@ -87,19 +114,36 @@ class LearnerRank:
 
         if not gpu:  # gloo serves; the shared-memory op would be compiled at start
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            "nccl" if gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=self._patience),
+        )
 
     def load(self, task: Task, weight_decay: float, max_grad_norm: float) -> list[str]:
         """What to tell of how the model is computed."""
+        self._begin()
         model, objective = task.build(self._device)
         self.trainer = self._trainer(model, weight_decay, max_grad_norm)
         self.trainer.objective = objective
+        self._trainers = {"model": self.trainer}
         return model.notes
 
+    def _begin(self) -> None:
+        """Another task: nothing of the one before is needed."""
+        set_threads(self.role.cpus)  # of the thread that trains
+        self._weights = self._snapshot = None
+        self._trainers = {}
+
     def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> list[str]:
+        self._begin()
         make = partial(self._trainer, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.aligner = task.start(self._device, make)
-        self.trainer, self._weights = self.aligner.policy, None
+        self.trainer = self.aligner.policy
+        self._trainers = {"policy": self.trainer}
+        if self.aligner.critic is not None:
+            self._trainers["critic"] = self.aligner.critic
         return self.aligner.notes
 
     @property
@@ -165,33 +209,73 @@ class LearnerRank:
 
     def save(self, path: str) -> None:
         self.trainer.save(Path(path))
+        self._beats += 1
+
+    def snapshot(self) -> None:
+        """Copies the state of what is trained, for `write`."""
+        from rlhf.learn.state import Snapshot
+
+        if self._snapshot is None:
+            self._snapshot = Snapshot()
+        with self._recorder.span("snapshot"):
+            self._snapshot.take(self._trainers)
+
+    def write(self, folder: str, taken: None) -> list[tuple[str, int, str]]:
+        """Writes what was copied: name, size and checksum of each file. `taken`: the answer of `snapshot`."""
+        assert self._snapshot is not None
+        path = Path(folder) / f"rank-{self.rank}-of-{self.world}.safetensors"
+        self._snapshot.write(path)
+        return [(path.name, *checksum(path))]
+
+    def restore(self, folder: str) -> None:
+        """Takes over a state that was written, by however many ranks."""
+        from rlhf.learn.state import restore
+
+        restore(Path(folder), self._trainers)
+        self._beats += 1
 
 
 class LearnerGroup:
-    """All ranks, seen from the driver."""
+    """All ranks, seen from the driver. Nothing waits for a rank that does not get on.
 
-    def __init__(self, config: DeepSpeedConfig, role: RoleConfig, port: int | None) -> None:
-        actor = ray.remote(LearnerRank)
+    Raises:
+        Fault: by any call: a rank has ended, or has given no sign of life for `recovery.silence` seconds while it was
+            at work, or for `recovery.startup` seconds while it started and loaded.
+    """
+
+    def __init__(
+        self, config: DeepSpeedConfig, role: RoleConfig, port: int | None, recovery: RecoveryConfig
+    ) -> None:
+        actor = ray.remote(concurrency_groups=GROUPS)(LearnerRank)
         self.ranks = [
-            actor.options(**actor_options(role)).remote(rank, role.count, config, role)
+            actor.options(**actor_options(role)).remote(rank, role.count, config, role, recovery.startup)
             for rank in range(role.count)
         ]
-        self._port, self._joined = port, False
+        self._port, self._joined, self._recovery = port, False, recovery
+        self._watch = Watch(self.ranks, recovery.silence)
 
     def _join(self) -> None:
         """Makes the ranks' process group; not at once, because they take seconds to start."""
         starting = [rank.address.remote() for rank in self.ranks]
         tell_if_late(starting, "learner ranks", "have not started")
-        address, *_ = of_ranks(starting)
-        free, *_ = of_ranks([rank.free_port.remote() for rank in self.ranks])
-        of_ranks([rank.join.remote(address, self._port or free) for rank in self.ranks])
+        address, *_ = self._loaded(starting)
+        free, *_ = self._loaded([rank.free_port.remote() for rank in self.ranks])
+        self._loaded([rank.join.remote(address, self._port or free) for rank in self.ranks])
+        self._watch.places = ray.get([rank.place.remote() for rank in self.ranks])
         self._joined = True
+
+    def _loaded(self, calls: list[ray.ObjectRef]) -> list[Any]:
+        return of_ranks(calls, Watch(self.ranks, self._recovery.startup, self._watch.places))
+
+    def _done(self, calls: list[ray.ObjectRef]) -> list[Any]:
+        self._watch.begin()
+        return of_ranks(calls, self._watch)
 
     def load(self, task: Task, weight_decay: float, max_grad_norm: float = 1.0) -> list[str]:
         """What to tell of how the model is computed: the same on every rank."""
         if not self._joined:
             self._join()
-        notes, *_ = of_ranks([rank.load.remote(task, weight_decay, max_grad_norm) for rank in self.ranks])
+        notes, *_ = self._loaded([r.load.remote(task, weight_decay, max_grad_norm) for r in self.ranks])
         return notes
 
     def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> list[str]:
@@ -199,28 +283,47 @@ class LearnerGroup:
         if not self._joined:
             self._join()
         loading = [rank.load_policy.remote(task, weight_decay, max_grad_norm) for rank in self.ranks]
-        notes, *_ = of_ranks(loading)
+        notes, *_ = self._loaded(loading)
         return notes
 
     def fit(
         self, data: ray.ObjectRef, training: TrainingConfig, seed: int, start: int, stop: int
     ) -> list[dict]:
-        parts = of_ranks([rank.fit.remote(data, training, seed, start, stop) for rank in self.ranks])
+        parts = self._done([rank.fit.remote(data, training, seed, start, stop) for rank in self.ranks])
         return [merged(step) for step in zip(*parts, strict=True)]
 
     def align(self, batch: list[tuple], coefficients: Coefficients) -> list[ray.ObjectRef]:
         """Starts the training on a batch; the references of the ranks' metrics."""
+        self._watch.begin()
         return [rank.align.remote(batch, coefficients) for rank in self.ranks]
+
+    def check(self, calls: Sequence[ray.ObjectRef]) -> None:
+        """Looks, without waiting, whether the ranks get on with these calls; for about once a second."""
+        self._watch.look(calls)
 
     def weights(self) -> ray.ObjectRef:
         """Starts the gathering of weights, on every rank; the reference of rank 0's."""
         first, *_ = [rank.weights.remote() for rank in self.ranks]
         return first
 
-    def save(self, path: Path) -> None:
-        of_ranks([rank.save.remote(str(path)) for rank in self.ranks])
+    def checkpoint(self, folder: Path) -> list[ray.ObjectRef]:
+        """Starts the saving of the state as it is after all calls before, beside those after. References, by
+        rank, of the names, sizes and checksums of files."""
+        return [
+            rank.write.options(concurrency_group="beside").remote(str(folder), rank.snapshot.remote())
+            for rank in self.ranks
+        ]
 
-    def check(self) -> None: ...
+    def written(self, calls: list[ray.ObjectRef]) -> list[Any]:
+        """Waits for what `checkpoint` started."""
+        return self._loaded(calls)
+
+    def restore(self, folder: Path) -> None:
+        """Takes over the state of a checkpoint, of however many ranks and under whatever ZeRO stage."""
+        self._loaded([rank.restore.remote(str(folder)) for rank in self.ranks])
+
+    def save(self, path: Path) -> None:
+        self._loaded([rank.save.remote(str(path)) for rank in self.ranks])
 
     def stop(self) -> None:
         for rank in self.ranks:

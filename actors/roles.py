@@ -35,7 +35,7 @@ class Roles:
     @property
     def learner(self) -> LearnerGroup:
         c = self.config
-        parts = (c.deepspeed, c.resources.learner, c.resources.master_port)
+        parts = (c.deepspeed, c.resources.learner, c.resources.master_port, c.recovery)
         return self._role("learner", parts, lambda: LearnerGroup(*parts))
 
     @property

@@ -10,7 +10,6 @@ from typing import Any
 
 import ray
 
-from actors.failures import of_ranks
 from actors.learner import LearnerGroup
 from rlhf.checkpoints import Checkpoints
 from rlhf.config import CheckpointConfig
@@ -105,7 +104,7 @@ class Saver:
             self._commit(self._saving)
 
     def _commit(self, saving: _Saving) -> None:
-        parts = of_ranks(saving.files)
+        parts = self._learner.written(saving.files)
         assert saving.state is not None, saving
         self._before(saving.step)
         files = {name: (size, digest) for part in parts for name, size, digest in part}

@@ -100,6 +100,7 @@ class Trainer:
         with redirect_stdout(StringIO()):  # DeepSpeed prints the memory it takes
             self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
         self.objective: Objective | None = None
+        self.beats = 0  # passes made, for who wants to know whether it gets on
         self._norm: float | None = None
         if not self.engine.zero_optimization():  # then DeepSpeed clips but keeps no norm
             self.engine.clip_fp32_gradients = self._clip
@@ -129,6 +130,7 @@ class Trainer:
             if not torch.isfinite(loss):
                 wrong.append(f"the loss of {_listed(part.rows)} is {loss.item()}")
             self.engine.backward(loss * self.world)
+            self.beats += 1
             for key, value in sums.items():
                 metrics[key] = metrics.get(key, 0.0) + value
         self._refuse(wrong, learning_rate, step)
@@ -173,6 +175,7 @@ class Trainer:
         found = []
         every: list[TokenBatch | None] = list(batches)
         for batch in self._even(every, None) if self.stage == 3 else every:
+            self.beats += 1
             if batch is None:
                 _nothing(self.engine)
             else:

@@ -6,7 +6,7 @@ import ray
 import torch
 
 from actors.learner import LearnerGroup
-from rlhf.config import ArchitectureConfig, DeepSpeedConfig, RoleConfig, TrainingConfig
+from rlhf.config import ArchitectureConfig, DeepSpeedConfig, RecoveryConfig, RoleConfig, TrainingConfig
 from rlhf.learn.objectives import TokenPairs
 from rlhf.learn.schedule import learning_rate
 from rlhf.learn.tasks import SupervisedTask, batch_indices
@@ -16,6 +16,7 @@ from tests.tiny import save_policy
 
 pytestmark = pytest.mark.actors
 TRAINING = TrainingConfig(steps=4, batch_size=6, learning_rate=0.01, warmup_steps=1, weight_decay=0.1)
+RECOVERY = RecoveryConfig(restarts=0, backoff=0.0, silence=60.0, startup=60.0, grace=0.0)
 ARCHITECTURE = ArchitectureConfig(0, 0, 0, 0, 0, "", 0.0)  # not used: the task starts from a policy
 
 
@@ -53,7 +54,7 @@ def test_training_equals_plain_pytorch(cluster, policy_folder, expected, tmp_pat
     """Also with micro-batches of one tree, of which the ranks have different numbers, and without the dropout that the
     model asks for: the sampler has none."""
     config = DeepSpeedConfig(stage, "float32", micro_batch_tokens=16, offload_optimizer=False)
-    group = LearnerGroup(config, RoleConfig(ranks, 0.1, 0), None)
+    group = LearnerGroup(config, RoleConfig(ranks, 0.1, 0), None, RECOVERY)
     start = str(save_policy(tmp_path / "dropout", attention_dropout=0.5))
     assert load_policy(start).config.attention_dropout == 0.5
     group.load(SupervisedTask(start, ARCHITECTURE, start, 0), TRAINING.weight_decay)
@@ -73,7 +74,7 @@ def test_training_equals_plain_pytorch(cluster, policy_folder, expected, tmp_pat
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (3, 2)])
 def test_bfloat16_moves_the_parameters_as_float32_does(cluster, policy_folder, expected, stage, ranks):
     config = DeepSpeedConfig(stage, "bfloat16", micro_batch_tokens=64, offload_optimizer=False)
-    group = LearnerGroup(config, RoleConfig(ranks, 0.1, 0), None)
+    group = LearnerGroup(config, RoleConfig(ranks, 0.1, 0), None, RECOVERY)
     group.load(SupervisedTask(str(policy_folder), ARCHITECTURE, str(policy_folder), 0), TRAINING.weight_decay)
     group.fit(ray.put(data()), TRAINING, 3, 0, TRAINING.steps)
     weights = ray.get(group.weights()).tensors()
