@@ -49,11 +49,6 @@ class Saver:
         self._saving: _Saving | None = None
         self._last, self.saved = clock(), step  # when the last one was begun, and of which step the newest is
 
-    def next_stop(self, step: int, stop: int) -> int:
-        """The first step after `step` to be saved by its number, if it is before `stop`."""
-        every = self._config.every
-        return stop if every is None else min(stop, (step // every + 1) * every)
-
     def due(self, step: int) -> bool:
         """Whether the state after this step is to be saved."""
         every, minutes = self._config.every, self._config.minutes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +45,16 @@ def fit(
             learner.restore(begun.folder)
             job.view.line(f"{name}: goes on from step {step}")
         writer = MetricsWriter(folder, tensorboard=False, steps=step)
-        saver = Saver(config.align.checkpoint, checkpoints, learner, step, before=lambda _: writer.sync())
+        saver = Saver(
+            replace(config.align.checkpoint, every=None),
+            checkpoints,
+            learner,
+            step,
+            before=lambda _: writer.sync(),
+        )
         reference = ray.put(data)
         while step < training.steps:
-            stop = saver.next_stop(step, min(step + CHUNK, training.steps))
+            stop = min(step + CHUNK, training.steps)
             steps = learner.fit(reference, training, config.seed, step, stop)
             for i, metrics in enumerate(steps, step + 1):
                 writer.write(i, {"step": i, **metrics})
