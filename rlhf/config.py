@@ -196,6 +196,15 @@ class EvaluateConfig:
     judge_samples: int  # base responses from which the judge and the evaluators take their reference
     level: float  # of the quantile of base responses that wins, judged by evaluators
     best_of: list[int]  # best-of-n of base responses as a further policy to compare with
+    every: (
+        int | None
+    )  # steps of align between evaluations of the policy as it is then; null: none before its end
+    during_samples: int  # responses to each evaluation prompt at each of these
+    policy: str  # which evaluated step's policy is kept: best (by the reward models' joint win rate) | last
+    max_kl: float | None  # nats a response, of the best; null: any
+    patience: (
+        int | None
+    )  # evaluations in a row after which align ends early (rlhf/evaluate/curve.py); null: never
 
 
 @dataclass

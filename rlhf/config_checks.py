@@ -80,6 +80,7 @@ def _check_names(config: Config) -> None:
             config.algorithm.aggregate,
             ("response_sum", "token_mean", "response_mean", "length_limit"),
         ),
+        "evaluate.policy": (config.evaluate.policy, ("best", "last")),
         "algorithm.kl": (config.algorithm.kl, ("reward", "loss")),
         "algorithm.kl_estimator": (config.algorithm.kl_estimator, ("k1", "k2", "k3")),
     }
@@ -99,17 +100,12 @@ def _check_numbers(config: Config) -> None:
     align, resources = config.align, config.resources
     _check_algorithm(config)
     _check_baseline(config)
+    _check_evaluate(config)
     _refuse(
         align.prompts_per_step % config.rollout.prompts_per_item != 0,
         f"align.prompts_per_step={align.prompts_per_step} must be a multiple of "
         f"rollout.prompts_per_item={config.rollout.prompts_per_item}",
     )
-    for n in config.evaluate.best_of:
-        _refuse(
-            n > config.evaluate.samples,
-            f"evaluate.best_of has {n}, which must be at most evaluate.samples={config.evaluate.samples}; "
-            "set it to [] for none",
-        )
     _refuse(config.data.tolerated_share == 1, "data.tolerated_share=1 would leave no row: it must be below 1")
     for key in ("kl_coef", "learning_rate"):
         _check_schedule(f"align.{key}", getattr(align, key))
@@ -180,6 +176,30 @@ def _check_baseline(config: Config) -> None:
     _refuse(
         baseline.unseen == "refuse" and baseline.known is None,
         "baseline.unseen=refuse needs baseline.known, the statistics that have all prompts",
+    )
+
+
+def _check_evaluate(config: Config) -> None:
+    evaluate = config.evaluate
+    for n in evaluate.best_of:
+        _refuse(
+            n > evaluate.samples,
+            f"evaluate.best_of has {n}, which must be at most evaluate.samples={evaluate.samples}; "
+            "set it to [] for none",
+        )
+    for key in ("max_kl", "patience"):
+        value = getattr(evaluate, key)
+        _refuse(
+            value is not None and evaluate.every is None,
+            f"evaluate.{key}={value} needs evaluate.every: without it the policy is evaluated at its end only",
+        )
+    _refuse(
+        evaluate.max_kl is not None and evaluate.policy == "last",
+        f"evaluate.max_kl={evaluate.max_kl} has no effect with evaluate.policy=last: it bounds which step is the best",
+    )
+    _refuse(
+        evaluate.patience is not None and not config.evaluators,
+        f"evaluate.patience={evaluate.patience} needs evaluators: align ends early when their win rate falls",
     )
 
 

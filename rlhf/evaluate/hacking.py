@@ -146,11 +146,13 @@ COUNTERS: Mapping[str, Counter] = MappingProxyType(
 )
 
 
+def counted(samples: PolicySamples, lexicon: Lexicon) -> dict[str, float]:
+    """Counter -> its value, of the counters that have something to measure on."""
+    found = {name: counter.measure(samples, lexicon) for name, counter in COUNTERS.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def hacking(base: PolicySamples, aligned: PolicySamples, lexicon: Lexicon) -> dict[str, dict[str, float]]:
     """Counter -> {"base", "aligned"}, of the counters that both policies have something to measure on."""
-    found: dict[str, dict[str, float]] = {}
-    for name, counter in COUNTERS.items():
-        before, after = counter.measure(base, lexicon), counter.measure(aligned, lexicon)
-        if before is not None and after is not None:
-            found[name] = {"base": before, "aligned": after}
-    return found
+    before, after = counted(base, lexicon), counted(aligned, lexicon)
+    return {name: {"base": before[name], "aligned": after[name]} for name in before if name in after}

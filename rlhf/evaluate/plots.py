@@ -83,8 +83,9 @@ def curve(
     lines: Lines,
     band: str = "",
     limits: tuple[float, float] | None = None,
+    mark: float | None = None,
 ) -> Panel | None:
-    """Lines over steps; `band` names the standard deviation to shade around the first line."""
+    """Lines over steps; `band` names the standard deviation to shade around the first line, `mark` is a step."""
     drawn = [line for line in lines if any(line[0] in row for row in metrics)]
     if not drawn:
         return None
@@ -98,6 +99,8 @@ def curve(
             if index == 0 and len(spread) == len(values):
                 low, high = values - spread, values + spread
                 axes.fill_between(steps, low, high, color=COLOUR[colour], alpha=0.16, linewidth=0)
+        if mark is not None:
+            axes.axvline(mark, color=COLOUR["muted"], linewidth=1.2, linestyle=(0, (3, 2)))
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

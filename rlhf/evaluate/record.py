@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.evaluate.best_of import BestOf
+from rlhf.evaluate.curve import Choice, Point
 from rlhf.evaluate.samples import PolicySamples
 
 
@@ -42,6 +43,9 @@ class RunRecord:
     best_of: Sequence[BestOf] = ()  # best-of-n of the base samples, chosen by the utility that was maximised
     no_best_of: str = ""  # why there is none, if it was asked for
     busy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # `rlhf.timeline.shares` of align
+    points: Sequence[Point] = ()  # the policy while it was trained; none: it was evaluated at its end only
+    choice: Choice | None = None  # which of these the aligned policy is
+    stopped: str = ""  # why training ended early
     notes: Sequence[str] = ()  # which faster ways models were too particular for, and why
 
 

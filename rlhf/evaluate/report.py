@@ -12,6 +12,8 @@ summary.json (keys sorted, no NaN):
                                         versus is empty where N is every sample there is
     left_behind.PROPERTY                share of prompts whose mean judged score fell
     hacking.COUNTER.{base, aligned}     counters of `rlhf.evaluate.hacking`
+    evaluations                         a list, by step: the points of `rlhf.evaluate.curve`
+    chosen_step, stopped_early          which of them the aligned policy is, or null; why training ended early, or ""
     judge                               "own", or "reward_models" when they judged themselves
     prompts, samples, clusters, cluster_by      evaluation prompts, responses to each of them by the aligned
                                         policy, and what the intervals draw: topics or prompts
@@ -24,10 +26,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlhf.evaluate import plots, svg, words
+from rlhf.evaluate.curve_plots import evaluation_curves
 from rlhf.evaluate.examples import before_after, prompt_text, worst_prompts
 from rlhf.evaluate.hacking import COUNTERS, Lexicon, hacking
 from rlhf.evaluate.page import template
@@ -78,6 +82,9 @@ def summary(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> dict[s
             for b in run.best_of
         },
         "hacking": counters,
+        "evaluations": [asdict(p) for p in run.points],
+        "chosen_step": run.choice.step if run.choice is not None else None,
+        "stopped_early": run.stopped,
         "judge": "reward_models" if words.judged_by_rewards(run.aligned) else "own",
         "seconds": dict(run.seconds),
         "skipped": list(dict.fromkeys(run.skipped)),
@@ -117,6 +124,7 @@ def html(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> str:
         dark=svg.css(1),
         win_bars=plots.win_bars(wins),
         curves=plots.curves(run.metrics, list(run.aligned.rewards)),
+        evaluations=evaluation_curves(run.points, run.choice.step) if run.choice is not None else [],
         distributions=list(zip(prompts, plots.distributions(run.baseline), strict=True)),
         improvement=plots.improvement(wins),
         worst=worst_prompts(run.base, run.aligned, wins),

@@ -12,6 +12,7 @@ import numpy as np
 from rlhf import timeline
 from rlhf.config import Config
 from rlhf.data.microcosm import STOCK_PHRASES, is_refusal
+from rlhf.evaluate import curve
 from rlhf.evaluate.best_of import best_of
 from rlhf.evaluate.hacking import Lexicon
 from rlhf.evaluate.record import RunRecord, load_samples
@@ -44,6 +45,8 @@ def run_record(
             chosen = best_of(base, base_utility(utility, rules, stored, base), config.evaluate.best_of)
         except ValueError as error:  # a prompt of the evaluation that the transform cannot take
             why_not = str(error)
+    points = curve.read_points(align / curve.FILE)
+    settings = config.evaluate
     return RunRecord(
         title=" · ".join(
             (
@@ -64,6 +67,9 @@ def run_record(
         best_of=chosen,
         no_best_of=why_not,
         busy=_busy(align / "timeline.json"),
+        points=points,
+        choice=curve.choose(points, settings.policy, settings.max_kl) if points else None,
+        stopped=curve.should_stop(points, settings.patience) or "",
         notes=json.loads((align / "notes.json").read_text()),
     )
 

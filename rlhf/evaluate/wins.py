@@ -169,12 +169,20 @@ def _check(base: PolicySamples, aligned: PolicySamples) -> None:
     assert np.array_equal(base.prompt_ids, aligned.prompt_ids), "the policies answered different prompts"
     assert list(base.judged) == list(aligned.judged), (list(base.judged), list(aligned.judged))
     assert JOINT not in aligned.judged, f"'{JOINT}' is not a property"
-    for policy, samples in (("base", base), ("aligned", aligned)):
-        for name, scores in samples.judged.items():
-            reference = samples.judge_reference[name]
-            bad = np.flatnonzero(~(np.isfinite(scores).all(axis=1) & np.isfinite(reference)))
-            if len(bad):
-                raise ValueError(
-                    f"{name}: a judged score or its reference is not finite for the {policy} policy on "
-                    f"prompt {bad[0]}: {str(samples.prompts[bad[0]])[:80]!r}"
-                )
+    check_finite("base policy", base)
+    check_finite("aligned policy", aligned)
+
+
+def check_finite(policy: str, samples: PolicySamples) -> None:
+    """
+    Raises:
+        ValueError: a judged score or its reference is not finite; it names property, policy and prompt.
+    """
+    for name, scores in samples.judged.items():
+        reference = samples.judge_reference[name]
+        bad = np.flatnonzero(~(np.isfinite(scores).all(axis=1) & np.isfinite(reference)))
+        if len(bad):
+            raise ValueError(
+                f"{name}: a judged score or its reference is not finite for the {policy} on "
+                f"prompt {bad[0]}: {str(samples.prompts[bad[0]])[:80]!r}"
+            )

@@ -102,7 +102,7 @@ EVENTS: dict[str, type[Any]] = {
     kind.__name__.lower(): kind
     for kind in (Began, Admitted, Asked, Sampled, Rewarded, Trained, Lost, Checkpoint, Evaluated, Ended)
 }
-_TYPES = {"int": int, "str": str, "tuple[int, ...]": tuple}
+_TYPES: dict[str, Any] = {"int": int, "str": str, "tuple[int, ...]": tuple}
 _BEGAN = b'{"event": "began"'
 
 

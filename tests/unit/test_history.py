@@ -48,49 +48,47 @@ class System:
     def begin(self, step: int, why: str) -> None:
         self.attempt += 1
         self.checkpoints = [c for c in self.checkpoints if c <= step]
-        self.first, self.pulled = step, step
-        self.ledger = Ledger(STEPS - step, SIZE, self.staleness)
+        self.pulled = step
+        self.ledger = Ledger(STEPS, SIZE, self.staleness, step)
+        self.ledger.pulled(step)
         self.asked, self.made = {}, {}
         self.add(Began(step, STEPS, SIZE, self.staleness, why))
         self.admit()
 
     @property
     def version(self) -> int:
-        return self.first + self.ledger.version
+        return self.ledger.version
 
     @property
     def done(self) -> bool:
-        return self.first == STEPS or self.ledger.done
+        return self.version == STEPS
 
     def items(self, state: State) -> list[int]:
         return sorted(i for i, s in self.ledger._items.items() if s is state)
 
-    def id(self, place: int) -> int:
-        return self.first * SIZE + place
-
     def admit(self) -> None:
-        if items := self.ledger.admit():
-            self.add(Admitted(tuple(map(self.id, items))))
+        if items := self.ledger.admit(STEPS):
+            self.add(Admitted(tuple(items)))
 
     def pull(self) -> None:
         """Every generator has the learner's weights."""
         self.pulled = self.version
-        self.ledger.pulled(self.ledger.version)
+        self.ledger.pulled(self.version)
         self.admit()
 
-    def ask(self, place: int, generator: int) -> None:
-        self.ledger.sampling(place)
-        self.asked[place] = self.pulled
-        self.add(Asked(self.id(place), generator, self.pulled))
+    def ask(self, item: int, generator: int) -> None:
+        self.ledger.sampling(item)
+        self.asked[item] = self.pulled
+        self.add(Asked(item, generator, self.pulled))
 
-    def sample(self, place: int, newer: bool) -> None:
-        self.ledger.scoring(place)
-        self.made[place] = self.version if newer else self.asked[place]
-        self.add(Sampled(self.id(place), self.made[place], 16, 300))
+    def sample(self, item: int, newer: bool) -> None:
+        self.ledger.scoring(item)
+        self.made[item] = self.version if newer else self.asked[item]
+        self.add(Sampled(item, self.made[item], 16, 300))
 
-    def reward(self, place: int) -> None:
-        self.ledger.ready(place)
-        self.add(Rewarded(self.id(place)))
+    def reward(self, item: int) -> None:
+        self.ledger.ready(item)
+        self.add(Rewarded(item))
 
     def train(self) -> None:
         batch = self.ledger.next_batch()
@@ -98,12 +96,11 @@ class System:
         made = tuple(self.made[i] for i in batch)
         self.ledger.training(batch)
         self.ledger.trained(batch)
-        items = tuple(map(self.id, batch))
-        self.add(Trained(self.version - 1, items, (self.attempt,) * SIZE, made))
+        self.add(Trained(self.version - 1, tuple(batch), (self.attempt,) * SIZE, made))
 
-    def lose(self, place: int) -> None:
-        self.ledger.again(place)
-        self.add(Lost(self.id(place), "ActorDiedError"))
+    def lose(self, item: int) -> None:
+        self.ledger.again(item)
+        self.add(Lost(item, "ActorDiedError"))
 
     def save(self) -> None:
         self.checkpoints.append(self.version)
@@ -112,12 +109,12 @@ class System:
     def end(self) -> None:
         """Whatever is left, without a fault."""
         while not self.done:
-            for place in self.items(State.WAITING):
-                self.ask(place, 0)
-            for place in self.items(State.SAMPLING):
-                self.sample(place, newer=True)
-            for place in self.items(State.SCORING):
-                self.reward(place)
+            for item in self.items(State.WAITING):
+                self.ask(item, 0)
+            for item in self.items(State.SAMPLING):
+                self.sample(item, newer=True)
+            for item in self.items(State.SCORING):
+                self.reward(item)
             self.train()
             self.pull()
         self.add(Ended(STEPS, ""))
@@ -131,28 +128,28 @@ class TrueHistories(RuleBasedStateMachine):
         self.system = System(staleness=1)
 
     def some(self, data, *states: State) -> int | None:
-        places = [i for state in states for i in self.system.items(state)]
-        return data.draw(st.sampled_from(places)) if places else None
+        items = [i for state in states for i in self.system.items(state)]
+        return data.draw(st.sampled_from(items)) if items else None
 
     @rule(data=st.data(), generator=st.integers(0, 2))
     def ask(self, data, generator):
-        if (place := self.some(data, State.WAITING)) is not None:
-            self.system.ask(place, generator)
+        if (item := self.some(data, State.WAITING)) is not None:
+            self.system.ask(item, generator)
 
     @rule(data=st.data(), newer=st.booleans())
     def sample(self, data, newer):
-        if (place := self.some(data, State.SAMPLING)) is not None:
-            self.system.sample(place, newer)
+        if (item := self.some(data, State.SAMPLING)) is not None:
+            self.system.sample(item, newer)
 
     @rule(data=st.data())
     def reward(self, data):
-        if (place := self.some(data, State.SCORING)) is not None:
-            self.system.reward(place)
+        if (item := self.some(data, State.SCORING)) is not None:
+            self.system.reward(item)
 
     @rule(data=st.data())
     def lose(self, data):
-        if (place := self.some(data, *list(State)[1:])) is not None:
-            self.system.lose(place)
+        if (item := self.some(data, *list(State)[1:])) is not None:
+            self.system.lose(item)
 
     @precondition(lambda self: not self.system.done and self.system.ledger.next_batch() is not None)
     @rule()
