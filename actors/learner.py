@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 
 from actors.failures import fetched, short, tell_if_late
@@ -26,8 +27,9 @@ from rlhf.timeline import Recorder, Span
 from rlhf.types import Experience
 
 if TYPE_CHECKING:
+    from rlhf.learn.align_task import AlignTask
     from rlhf.learn.state import Snapshot
-    from rlhf.learn.tasks import AlignTask, Task
+    from rlhf.learn.tasks import Task
     from rlhf.learn.trainer import Trainer, Weights
 
 
@@ -78,6 +80,7 @@ class LearnerRank:
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
         import deepspeed  # noqa: F401 - now, while the driver prepares the data
 
+        import rlhf.learn.align_task
         import rlhf.learn.tasks
         import rlhf.learn.trainer  # noqa: F401
 
@@ -207,6 +210,10 @@ class LearnerRank:
             self._weights = self.trainer.weights(self._weights)
             return self._weights
 
+    def log_ratios(self, rollouts: list[Any]) -> np.ndarray:
+        """log policy - log reference of each response of rollouts, given as references; float64 [B]."""
+        return self.aligner.log_ratios(ray.get(rollouts))
+
     def save(self, path: str) -> None:
         self.trainer.save(Path(path))
         self._beats += 1
@@ -321,6 +328,11 @@ class LearnerGroup:
     def restore(self, folder: Path) -> None:
         """Takes over the state of a checkpoint, of however many ranks and under whatever ZeRO stage."""
         self._loaded([rank.restore.remote(str(folder)) for rank in self.ranks])
+
+    def log_ratios(self, rollouts: Sequence[ray.ObjectRef]) -> np.ndarray:
+        """log policy - log reference of each response of these rollouts, float64 [B]."""
+        first, *_ = self._done([rank.log_ratios.remote(list(rollouts)) for rank in self.ranks])
+        return first
 
     def save(self, path: Path) -> None:
         self._loaded([rank.save.remote(str(path)) for rank in self.ranks])

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from actors.saver import Saver
 from actors.signals import orderly
+from actors.stages.base_samples import BaseSamples
 from actors.stages.baseline import Baseline
+from actors.stages.curve import EvaluationCurve
 from actors.stages.sft import Sft
 from actors.stages.stage import Output, Stage, Stages
 from actors.work import seed_of
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from actors.stages.job import Job
 
 CODE = (
+    "rlhf.learn.align_task",
     "rlhf.learn.tasks",
     "rlhf.generate.transformers_engine",
     "rlhf.models.reward",
@@ -78,9 +81,19 @@ class Align(Stage):
             c.policy.lora,
             c.rollout,
             c.deepspeed.dtype,
+            self._evaluated,
             resumed and fingerprint(resumed.step, dict(resumed.state)),
             c.seed,
         )
+
+    @property
+    def _evaluated(self) -> Any:
+        """What of the evaluation it depends on."""
+        e = self.config.evaluate
+        if e.every is None:
+            return None
+        settings = (e.every, e.during_samples, e.policy, e.max_kl, e.patience)
+        return (settings, code_version("rlhf.evaluate.curve"), self.stages.of(BaseSamples).output_name)
 
     @property
     def outputs(self) -> list[Output]:
@@ -121,6 +134,11 @@ class Align(Stage):
                 f"align.checkpoint.resume={resume} is of step {found.step}, and align.steps={self.config.align.steps}"
             )
         return found
+
+    def execute(self, job: Job) -> None:
+        if self.config.evaluate.every is not None and not self.done:
+            self.stages.of(BaseSamples).path(job)
+        super().execute(job)
 
     def make(self, job: Job, output: Output, folder: Path) -> None:
         c = self.config
@@ -188,14 +206,14 @@ class _Run:
 
     def load(self, begun: Checkpoint | None) -> None:
         """Brings every role to where the checkpoint was written."""
-        from rlhf.learn.tasks import AlignTask
+        from rlhf.learn.align_task import AlignTask
 
         c, roles, line = self.config, self.roles, self.job.view.line
         task = AlignTask(
             policy=self.policy,
             settings=c.algorithm,
             lora=c.policy.lora,
-            penalise=c.align.kl_coef != 0,
+            penalise=c.align.kl_coef != 0 or c.evaluate.every is not None,
             max_new_tokens=c.rollout.max_new_tokens,
             dtype=c.deepspeed.dtype,
             seed=c.seed,
@@ -230,6 +248,8 @@ class _Run:
             text += f"KL {found['kl']:.2f} nats  " if "kl" in found else ""
             self.progress.update(step, text + f"{found['response_tokens']:.0f} tokens")
 
+        curve = EvaluationCurve(self.stage, self.job, self.folder, self.step)
+
         def saved(step: int) -> None:
             writer.sync()
             history.add(Saved(step))
@@ -240,22 +260,30 @@ class _Run:
             self.roles.learner,
             self.step,
             before=saved,
+            also=curve.is_due,
+            besides=curve.best,
         )
         controller = self._controller(saver, history, on_step)
-        controller.run(self.config.align.steps)
-        if self.asked():
-            return saver.save(controller.version, self._state())
-        saver.finish()
-        history.add(Ended(controller.version, ""))
+        early = curve.go_on(self.step)
+        while controller.version < align.steps and early is None:
+            controller.run(curve.next_stop(controller.version))
+            saver.finish()
+            if self.asked():
+                return saver.save(controller.version, self._state())
+            early = curve.go_on(controller.version)
+        history.add(Ended(controller.version, early or ""))
         history.close()
         writer.close()
         timeline.write(self.folder / "timeline.json", list(controller.spans))
-        self._save_policy()
+        self._save_policy(curve.chosen(controller.version), controller.version)
         return None
 
-    def _save_policy(self) -> None:
+    def _save_policy(self, step: int, held: int) -> None:
+        """Of the step that was chosen; the learner holds that of the step `held`."""
         from rlhf.learn.tasks import save_tokenizer
 
+        if step != held:
+            self.roles.learner.restore(self.checkpoints.at(step).folder)
         self.roles.learner.save(self.folder / "policy")
         save_tokenizer(self.policy, self.folder / "policy")
 

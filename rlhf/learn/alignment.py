@@ -19,7 +19,7 @@ from rlhf.learn.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf.learn.objectives import Metrics, MicroBatch, balanced
 from rlhf.learn.policy_loss import Tokens, policy_loss, shares
 from rlhf.learn.trainer import Trainer
-from rlhf.types import Experience
+from rlhf.types import Experience, Rollouts
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,20 @@ class Aligner:
                 metrics[key] = metrics.get(key, 0.0) + value
         means = [k for k in metrics if k in ("loss", "grad_norm") or k.startswith("critic/")]
         return metrics | {key: metrics[key] / steps for key in means}
+
+    def log_ratios(self, rollouts: Sequence[Rollouts]) -> np.ndarray:
+        """log policy - log reference of each response, nats, float64 [B]: of the policy that sampled it. Every rank is
+        given the same, does its share, and gets all."""
+        merged = Merged.of_rollouts(rollouts, np.zeros(sum(r.responses for r in rollouts), np.float32))
+        mine = balanced(merged.group_tokens, self.policy.world)[self.policy.rank]
+        reference = self._reference_logprobs(self._batches(merged, mine), merged)
+        assert reference is not None, "the policy is trained without a reference"
+        own = torch.zeros(len(merged.behaviour), dtype=torch.float64)
+        index = torch.from_numpy(merged.token_index(mine))
+        own[index] = (merged.behaviour[index] - reference[index]).double()
+        row = torch.from_numpy(np.repeat(np.arange(len(merged.group)), merged.tokens.lengths))
+        sums = torch.zeros(len(merged.group), dtype=torch.float64).index_add_(0, row, own)
+        return self.policy.over_ranks(sums).numpy()
 
     def _batches(self, merged: Merged, groups: Sequence[int]) -> list[TokenBatch]:
         rows = merged.rows(groups)

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from rlhf.types import Experience, Ragged
+from rlhf.types import Experience, Ragged, Rollouts
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,12 @@ class Merged:
 
     @classmethod
     def of(cls, experiences: Sequence[Experience]) -> Merged:
-        rollouts = [e.rollouts for e in experiences]
+        utility = np.concatenate([e.rewards.combined for e in experiences])
+        return cls.of_rollouts([e.rollouts for e in experiences], utility)
+
+    @classmethod
+    def of_rollouts(cls, rollouts: Sequence[Rollouts], utility: np.ndarray) -> Merged:
+        """utility: float32 [B]"""
         temperatures = {r.temperature for r in rollouts}
         assert len(temperatures) == 1, temperatures
         first = np.cumsum([0] + [len(r.prompts) for r in rollouts])
@@ -35,7 +40,7 @@ class Merged:
             Ragged.of([r.tokens[b] for r in rollouts for b in range(r.responses)], np.int32),
             np.concatenate([r.group + start for r, start in zip(rollouts, first, strict=False)]),
             torch.from_numpy(np.concatenate([r.logprobs for r in rollouts])),
-            torch.from_numpy(np.concatenate([e.rewards.combined for e in experiences])),
+            torch.from_numpy(utility),
             temperatures.pop(),
             np.concatenate(
                 [np.stack([np.full(r.responses, r.item), np.arange(r.responses)], 1) for r in rollouts]
