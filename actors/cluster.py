@@ -81,9 +81,10 @@ class Cluster:
                 return f"Ray's {name} is stopped"
         return None
 
-    def stop(self) -> None:
-        """Disconnects; a Ray that this run started ends with all its processes, whatever state they are in."""
-        if self.own:
+    def stop(self, by_force: bool = False) -> None:
+        """Disconnects; a Ray that this run started ends with all its processes: by force, or if one of them has ended
+        or is stopped, whatever state they are in."""
+        if self.own and (by_force or self.fault() is not None):
             _end_processes()
         ray.shutdown()
 

@@ -68,7 +68,7 @@ class Session:
         cluster = self.cluster
         if cluster.own and (entirely or cluster.fault() is not None):
             self._roles = {}
-            cluster.stop()
+            cluster.stop(by_force=True)
             self._starting = None
             self.start(config)
         else:

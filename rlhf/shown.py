@@ -50,7 +50,7 @@ def visible(text: str) -> str:
     >>> visible("a\x1b[31mb\u202ec\nd é 🙂")
     'a\\x1b[31mb\\u202ec\\nd é 🙂'
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c == "\xa0" else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(text: str) -> str:

@@ -1,0 +1,142 @@
+"""A stage that is interrupted and gone on with gives what it gives undisturbed, bit for bit."""
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from safetensors.numpy import load_file
+
+from actors import signals
+from actors.stages.align import Align
+from rlhf.flow.check import check
+from rlhf.flow.history import read
+from rlhf.logs import read_metrics
+from tests.actors.conftest import run
+from tests.actors.test_align import without_times
+
+pytestmark = pytest.mark.actors
+STEPS = 8
+ALGORITHMS = {
+    "rloo": (),
+    "ppo": ("algorithm=ppo", "algorithm.kl_target=0.5"),
+    "lora": ("policy.lora={rank: 2, alpha: 4, target_modules: all-linear}", "resources.learner.count=2"),
+}
+
+
+@pytest.fixture
+def heard():
+    """SIGTERM as the command hears it."""
+    before = signal.signal(signal.SIGTERM, signals._raise)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def end_at(path: Path, steps: int) -> threading.Thread:
+    """SIGTERM once a file has so many lines."""
+
+    def wait() -> None:
+        while lines(path) < steps:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def made(job, folder: Path) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    return without_times(read_metrics(folder)), load_file(folder / "policy" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared_jobs):
+    """What an algorithm gives, by its name."""
+    found = {}
+
+    def of(algorithm):
+        if algorithm not in found:
+            job = shared_jobs.make(*ALGORITHMS[algorithm], f"align.steps={STEPS}")
+            run(job, "align")
+            found[algorithm] = made(job, job.stages.of(Align).path)
+        return found[algorithm]
+
+    return of
+
+
+def check_same(found, expected) -> None:
+    metrics, weights = found
+    assert metrics == expected[0]
+    assert weights.keys() == expected[1].keys()
+    for name, value in weights.items():
+        np.testing.assert_array_equal(value, expected[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_alignment_that_is_ended_and_gone_on_with(jobs, heard, undisturbed, algorithm):
+    """SIGTERM after random steps; then the newest checkpoint is lost, as of a run that was killed."""
+    expected = undisturbed(algorithm)
+    options = (*ALGORITHMS[algorithm], f"align.steps={STEPS}", "recovery.grace=60")
+    parts = jobs.make(*options, "align.checkpoint={every: 3, minutes: null, keep: 2}")
+    (output,) = parts.stages.of(Align).outputs
+    work = parts.stages.store.unfinished(output.kind, output.name)
+    for after in sorted(
+        np.random.default_rng(len(algorithm)).choice(np.arange(1, STEPS - 1), 2, replace=False)
+    ):
+        thread = end_at(work / "metrics.jsonl", int(after))
+        with pytest.raises(signals.Ended):
+            run(parts, "align")
+        thread.join()
+    newest = sorted((work / "checkpoints").glob("step-*"))[-1]
+    if len(list((work / "checkpoints").glob("step-*"))) > 1:
+        shutil.rmtree(newest)
+    run(parts, "align")
+    check_same(made(parts, parts.stages.of(Align).path), expected)
+    attempts = {line.attempt for line in read(parts.stages.of(Align).path / "history.jsonl")}
+    assert attempts == {1, 2, 3}
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_alignment_goes_on_after_a_learner_rank_ended_or_was_stopped(jobs, undisturbed, number):
+    """From the newest checkpoint, with new processes; none of the old ones is left."""
+    expected = undisturbed("lora")
+    job = jobs.make(
+        *ALGORITHMS["lora"],
+        f"align.steps={STEPS}",
+        "align.checkpoint={every: 2, minutes: null, keep: 2}",
+        "recovery={silence: 3, backoff: 0, restarts: 1}",
+        apart=True,
+    )
+    (output,) = job.stages.of(Align).outputs
+    work = job.stages.store.unfinished(output.kind, output.name)
+    learner = job.roles.learner
+    pids = ray.get([rank.__ray_call__.remote(lambda _: os.getpid()) for rank in learner.ranks])
+
+    def disturb():
+        while lines(work / "metrics.jsonl") < 5:
+            time.sleep(0.005)
+        os.kill(pids[1], number)
+
+    threading.Thread(target=disturb, daemon=True).start()
+    run(job, "align")
+    folder = job.stages.of(Align).path
+    check_same(made(job, folder), expected)
+    verdict = check(read(folder / "history.jsonl"))
+    assert verdict.clean, verdict
+    assert (verdict.attempts, verdict.undone > 0) == (2, True)
+    for _ in range(100):
+        if not any(psutil.pid_exists(pid) for pid in pids):
+            break
+        time.sleep(0.1)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
