@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -23,8 +24,9 @@ from rlhf.changes import told as changes_told
 from rlhf.checkpoints import Checkpoint, Checkpoints, read
 from rlhf.code import code_version
 from rlhf.files import write_atomic
-from rlhf.flow.history import Began, Ended, History
+from rlhf.flow.history import Began, Ended, History, copy_until
 from rlhf.flow.history import Checkpoint as Saved
+from rlhf.logs import METRICS
 from rlhf.progress import StageView
 from rlhf.shown import redacted_values
 from rlhf.store import CHECKPOINTS, fingerprint
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from actors.controller import Controller
     from actors.stages.job import Job
 
+HISTORY = "history.jsonl"
 CODE = (
     "rlhf.learn.align_task",
     "rlhf.learn.tasks",
@@ -143,21 +146,35 @@ class Align(Stage):
     def make(self, job: Job, output: Output, folder: Path) -> None:
         c = self.config
         checkpoints = Checkpoints(folder / CHECKPOINTS, c.align.checkpoint.keep)
-        begun = self._begun(checkpoints, job)
+        begun = self._begun(checkpoints, folder, job)
         with job.view.stage("align", c.align.steps) as progress, orderly(c.recovery.grace) as asked:
             run = _Run(self, job, folder, checkpoints, progress, asked)
             run.load(begun)
             run.train()
 
-    def _begun(self, checkpoints: Checkpoints, job: Job) -> Checkpoint | None:
+    def _begun(self, checkpoints: Checkpoints, folder: Path, job: Job) -> Checkpoint | None:
         """The checkpoint to go on from; None: there is none."""
         if self.config.align.checkpoint.resume == "never" and not self._tried:
             checkpoints.back_to(-1)
-        found = checkpoints.newest(job.view.line) or self._given_checkpoint
+        found = checkpoints.newest(job.view.line)
+        if found is None and self._given_checkpoint is not None:
+            found = self._given_checkpoint
+            self._take_over(found, folder)
         if found is None and not self._tried:
             self._tell_of_others(job)
         self._tried = True
         return found
+
+    def _take_over(self, found: Checkpoint, folder: Path) -> None:
+        """Copies what the run of a given checkpoint wrote until then."""
+        before = found.folder.parents[1]
+        try:
+            copy_until(before / HISTORY, folder / HISTORY, found.step)
+            shutil.copy(before / METRICS, folder / METRICS)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"align.checkpoint.resume={found.folder} is not where its run left it ({error})"
+            ) from None
 
     def _tell_of_others(self, job: Job) -> None:
         """Says which unfinished run is the most like this one, and why it is not gone on from."""
@@ -237,7 +254,7 @@ class _Run:
 
         writer = MetricsWriter(self.folder, self.config.logging.tensorboard, self.step)
         align, items = self.config.align, self.items_per_step
-        history = History(self.folder / "history.jsonl")
+        history = History(self.folder / HISTORY)
         history.begin(Began(self.step, align.steps, items, align.staleness, self.job.why))
 
         def on_step(found: dict[str, float]) -> None:

@@ -168,6 +168,20 @@ class History:
             file.close()
 
 
+def copy_until(source: Path, target: Path, step: int) -> None:
+    """Copies a history up to where the checkpoint of a step was said.
+
+    Raises:
+        ValueError: it says nothing of that checkpoint.
+    """
+    lines = list(read(source))
+    last = max((line.number for line in lines if line.event == Checkpoint(step)), default=0)
+    if last == 0:
+        raise ValueError(f"{source} says nothing of a checkpoint of step {step}")
+    kept = source.read_bytes().splitlines(keepends=True)[:last]
+    target.write_bytes(b"".join(kept))
+
+
 def _attempts(path: Path) -> tuple[int, bool]:
     """How many attempts a file has, and whether its last line is whole."""
     if not path.exists():

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from actors import signals
 from actors.stages.align import Align
+from rlhf.evaluate.curve import read_points
 from rlhf.flow.check import check
 from rlhf.flow.history import read
 from rlhf.logs import read_metrics
@@ -140,3 +141,53 @@ def test_alignment_goes_on_after_a_learner_rank_ended_or_was_stopped(jobs, undis
             break
         time.sleep(0.1)
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_another_with_more_steps(jobs, undisturbed):
+    """As the longer run; keys that make another history are refused, before anything starts."""
+    saved = "align.checkpoint={every: 3, minutes: null, keep: 9}"
+    short = jobs.make("align.steps=5", saved)
+    run(short, "align")
+    checkpoint = short.stages.of(Align).path / "checkpoints" / "step-000003"
+    resumed = f"align.checkpoint={{every: null, minutes: null, keep: 1, resume: {checkpoint}}}"
+    longer = jobs.make(f"align.steps={STEPS}", resumed)
+    run(longer, "align")
+    folder = longer.stages.of(Align).path
+    check_same(made(longer, folder), undisturbed("rloo"))
+    assert check(read(folder / "history.jsonl")).clean
+    other = jobs.make("align.kl_coef=0.7", "seed=0", resumed)
+    with pytest.raises(
+        ValueError, match=r"resume=.* another history: .*align.kl_coef \(0.3 there, 0.7 here\)"
+    ):
+        run(other, "align")
+    with pytest.raises(ValueError, match=r"is of step 3, and align.steps=2"):
+        run(jobs.make("align.steps=2", resumed), "align")
+    with pytest.raises(ValueError, match=r"align.checkpoint.resume: .*no whole checkpoint"):
+        run(jobs.make("align.checkpoint.resume=nowhere"), "align")
+
+
+def test_the_policy_of_the_best_evaluated_step_is_kept(jobs, heard):
+    """With a bound on the KL that only an early step keeps; also across an interruption. The policy is that of a run
+    that ends there."""
+    options = ("align.steps=6", "evaluate.every=2", "evaluate.during_samples=2", "evaluate.max_kl=1e-6")
+    job = jobs.make(*options, "align.checkpoint={every: null, minutes: null, keep: 1}")
+    (output,) = job.stages.of(Align).outputs
+    work = job.stages.store.unfinished(output.kind, output.name)
+    thread = end_at(work / "metrics.jsonl", 5)
+    with pytest.raises(signals.Ended):
+        run(job, "align")
+    thread.join()
+    kept = sorted(int(p.name.split("-")[1]) for p in (work / "checkpoints").glob("step-*"))
+    run(job, "align")
+    folder = job.stages.of(Align).path
+    points = read_points(folder / "evaluations.jsonl")
+    assert [p.step for p in points] == [0, 2, 4, 6]
+    assert abs(points[0].kl) < 1e-4
+    chosen = min(points[1:], key=lambda p: p.kl).step
+    assert chosen < 6
+    assert chosen in kept
+    short = jobs.make(f"align.steps={chosen}")
+    run(short, "align")
+    metrics, weights = made(job, folder)
+    assert len(metrics) == 6
+    check_same((metrics[:chosen], weights), made(short, short.stages.of(Align).path))
