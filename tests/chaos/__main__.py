@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -105,7 +106,8 @@ def run_seed(
     (folder / "result.json").write_text(json.dumps(asdict(result), indent=1))
     outcome = "failed" if result.problems else "passed"
     took = f"{len(result.outcomes)} faults, {time.monotonic() - started:.0f} s"
-    say(f"seed {seed}: {outcome}  {took}; {'; '.join([result.told, *result.problems])}")
+    said = [took, result.told, *result.problems]
+    say(f"seed {seed}: {outcome}  {'; '.join(filter(None, said))}")
     return result
 
 
@@ -175,4 +177,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with all that was started
     sys.exit(main(sys.argv[1:]))
