@@ -2,7 +2,7 @@
 
     python -m tests.chaos --seeds 10 --faults 20
     python -m tests.chaos --seeds 1 --only generator,kill-raylet align.staleness=1
-    python -m tests.chaos --seeds 1 --schedule chaos/seed-3/schedule.jsonl
+    python -m tests.chaos --seeds 1 --schedule outputs/chaos/seed-3/schedule.jsonl
 
 A line for each fault: its kind, the seconds until the next step was trained that had not begun before it, and how. A
 line for each seed, and at last `N passed, N failed` (status 1 if any did). A seed passes when the command ends with
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ STEPS = (
 
 
 def steps_for(faults: int) -> int:
-    return STEPS * (faults + 2)
+    return STEPS * (faults + 1)
 
 
 def undisturbed(folder: Path, overrides: Sequence[str], steps: int, say: Say) -> Undisturbed:
@@ -81,7 +82,7 @@ def undisturbed(folder: Path, overrides: Sequence[str], steps: int, say: Say) ->
             f"undisturbed: {steps} steps in {time.monotonic() - started:.0f} s; it leaves {found['left'] or 'nothing'}"
         )
     found = json.loads(done.read_text())
-    return Undisturbed(folder, steps, tuple(found["joint"]), frozenset(found["left"]))
+    return Undisturbed(folder / "outputs" / "store", tuple(found["joint"]), frozenset(found["left"]))
 
 
 def run_seed(
@@ -89,22 +90,24 @@ def run_seed(
     schedule: Sequence[Fault],
     folder: Path,
     overrides: Sequence[str],
-    by_itself: Undisturbed,
+    steps: int,
+    by_itself: Undisturbed | None,
     say: Say,
 ) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
     result, shared, started = Result(seed), in_shared_memory(), time.monotonic()
-    job = Job(folder, overrides, by_itself.folder / "outputs" / "store")
+    job = Job(folder, overrides, by_itself.store if by_itself is not None else None)
     write_schedule(folder / "schedule.jsonl", schedule)
     try:
         Chaos(job, result, say).run(schedule)
-        judge(job, result, by_itself.steps, by_itself, shared)
+        judge(job, result, steps, by_itself, shared)
     finally:
         job.close()
     (folder / "result.json").write_text(json.dumps(asdict(result), indent=1))
     outcome = "failed" if result.problems else "passed"
     took = f"{len(result.outcomes)} faults, {time.monotonic() - started:.0f} s"
-    say(f"seed {seed}: {outcome}  {took}; {'; '.join([result.told, *result.problems])}")
+    said = [took, result.told, *result.problems]
+    say(f"seed {seed}: {outcome}  {'; '.join(filter(None, said))}")
     return result
 
 
@@ -147,7 +150,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--faults", type=int, default=20, help="for each seed")
     parser.add_argument("--only", default="", help=f"some of {', '.join(KINDS)}, or parts of these")
     parser.add_argument("--schedule", type=Path, help="a schedule.jsonl that was written before")
-    parser.add_argument("--folder", type=Path, default=Path("chaos"), help="of all that is written")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/chaos"), help="of all that is written")
+    parser.add_argument("--alone", action="store_true", help="without the undisturbed run to compare with")
     parser.add_argument("--table", nargs="?", type=Path, const=ROOT / "docs" / "recovery.md")
     parser.add_argument("overrides", nargs="*", help="of the command's configuration")
     asked = parser.parse_intermixed_args(arguments)
@@ -160,11 +164,11 @@ def main(arguments: Sequence[str]) -> int:
     steps, folder = steps_for(faults), asked.folder.absolute()
     overrides = [*OVERRIDES, f"align.steps={steps}", *asked.overrides]
     only = [o for o in asked.only.split(",") if o]
-    by_itself = undisturbed(folder, overrides, steps, say)
+    by_itself = None if asked.alone else undisturbed(folder, overrides, steps, say)
     results = []
     for seed in range(asked.first, asked.first + asked.seeds):
         schedule = given if given is not None else random_schedule(seed, faults, only)
-        results.append(run_seed(seed, schedule, folder / f"seed-{seed}", overrides, by_itself, say))
+        results.append(run_seed(seed, schedule, folder / f"seed-{seed}", overrides, steps, by_itself, say))
     if asked.table is not None:
         asked.table.write_text(document(results, faults, overrides))
     failed = sum(bool(r.problems) for r in results)
@@ -173,4 +177,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with all that was started
     sys.exit(main(sys.argv[1:]))

@@ -46,7 +46,12 @@ class Job:
         self._process = subprocess.Popen(
             self._command,
             cwd=self.folder,
-            env=environment(TMPDIR=str(self.temporary), RAY_TMPDIR=str(self._sockets), PYTHONPATH=str(ROOT)),
+            env=environment(
+                TMPDIR=str(self.temporary),
+                RAY_TMPDIR=str(self._sockets),
+                TORCHINDUCTOR_CACHE_DIR=str(self.folder / "inductor"),  # kept by torch on purpose
+                PYTHONPATH=str(ROOT),
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

@@ -48,8 +48,7 @@ class Result:
 class Undisturbed:
     """What the same job gives, and leaves, by itself."""
 
-    folder: Path
-    steps: int
+    store: Path
     joint: tuple[float, float, float]  # win rate of the aligned policy, and its 95 % interval
     left: frozenset[str]  # names of files
 
@@ -169,8 +168,9 @@ class Chaos:
             time.sleep(TICK)
 
 
-def judge(job: Job, result: Result, steps: int, undisturbed: Undisturbed, shared: set[str]) -> None:
-    """Whether what the job left is as it must be; `shared`: what was in /dev/shm before."""
+def judge(job: Job, result: Result, steps: int, undisturbed: Undisturbed | None, shared: set[str]) -> None:
+    """Whether what the job left is as it must be; `shared`: what was in /dev/shm before. Without an undisturbed run the
+    win rate is compared with nothing."""
     problems = result.problems
     processes = job.gone(GONE)
     if processes:
@@ -183,17 +183,17 @@ def judge(job: Job, result: Result, steps: int, undisturbed: Undisturbed, shared
     rows = [json.loads(line)["step"] for line in (job.align / "metrics.jsonl").read_text().splitlines()]
     if rows != list(range(1, steps + 1)):
         problems.append(f"metrics.jsonl has the steps {_runs(rows)}, not 1 to {steps}")
-    more = left_of(job, shared) - undisturbed.left
+    more = left_of(job, shared) - (undisturbed.left if undisturbed is not None else frozenset())
     if more:
         problems.append(f"files are left: {', '.join(sorted(more)[:8])}")
-    mine, its = joint(job.outputs), undisturbed.joint
-    noise = math.hypot((mine[2] - mine[1]) / 2, (its[2] - its[1]) / 2)
-    if abs(mine[0] - its[0]) > noise:
-        problems.append(f"joint win rate {mine[0]:.3f}, undisturbed {its[0]:.3f}: not within {noise:.3f}")
-    result.told = (
-        f"{job.commands} commands; {verdict}; joint win rate {100 * mine[0]:.1f} % "
-        f"(undisturbed {100 * its[0]:.1f} %, within {100 * noise:.1f} points)"
-    )
+    mine = joint(job.outputs)
+    result.told = f"{job.commands} commands; {verdict}; joint win rate {100 * mine[0]:.1f} %"
+    if undisturbed is not None:
+        its = undisturbed.joint
+        noise = math.hypot((mine[2] - mine[1]) / 2, (its[2] - its[1]) / 2)
+        result.told += f" (undisturbed {100 * its[0]:.1f} %, within {100 * noise:.1f} points)"
+        if abs(mine[0] - its[0]) > noise:
+            problems.append("the joint win rate is not within noise of the undisturbed run's")
 
 
 def joint(outputs: Path) -> tuple[float, float, float]:
