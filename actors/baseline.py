@@ -8,24 +8,49 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError
 
-from actors.failures import died, short
+from actors.failures import Fault
 from actors.resources import beside_driver
+from rlhf.config import RecoveryConfig
+from rlhf.flow.fleet import TRIES
 from rlhf.types import Rollouts
 from rlhf.utility.adaptive import AdaptiveSampling, Progress
 from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
 
 
 class BaselineEstimator:
-    """`BaselineStatistics` in an actor. Updates are idempotent by item, so a lost one may be sent again."""
+    """`BaselineStatistics` in an actor. Updates are idempotent by item, so a lost one may be sent again.
+
+    A process that Ray has started again knows nothing. It says so to whoever fills it; frozen statistics are in a file
+    that who asks for references names, and it loads that.
+    """
 
     def __init__(self) -> None:
-        self._statistics = BaselineStatistics()
+        self._known: BaselineStatistics | None = None
+        self._path: str | None = None  # of frozen ones
+
+    @property
+    def _statistics(self) -> BaselineStatistics:
+        if self._known is None:
+            raise Fault("the baseline estimator was started again in the middle of the stage")
+        return self._known
 
     def reset(self, keys: dict[str, str], exact: int) -> None:
         """Starts empty statistics; `keys` names, by model, the fingerprint of base policy and reward model."""
-        self._statistics = BaselineStatistics(exact=exact, keys=keys)
+        self._known, self._path = BaselineStatistics(exact=exact, keys=keys), None
+
+    def resume(self, path: str) -> None:
+        """Goes on from statistics that were saved when they were not complete."""
+        self._known, self._path = BaselineStatistics.load(Path(path)), None
+
+    def count(self, model: str, prompt_ids: np.ndarray) -> int:
+        """Samples of these prompts together."""
+        return int(self._statistics.counts(model, prompt_ids).sum())
+
+    def taken(self, source: str) -> set[int]:
+        """The items of a source that were taken in."""
+        return self._statistics.taken(source)
 
     def adopt(self, path: str, keys: dict[str, str]) -> None:
         """Takes over what an earlier run's statistics have of the same policy and models."""
@@ -50,8 +75,17 @@ class BaselineEstimator:
         """Takes in reference rewards that came with the data set. prompt_ids: uint64 [N], values: float32 [N]"""
         self._statistics.add_column(model, prompt_ids, values)
 
-    def references(self, prompt_ids: np.ndarray, rules: Mapping[str, ReferenceRule], points: int) -> dict:
-        """For each model the `PromptReferences` of the prompts, with at most `points` samples of each."""
+    def references(
+        self,
+        prompt_ids: np.ndarray,
+        rules: Mapping[str, ReferenceRule],
+        points: int,
+        frozen: str | None = None,
+    ) -> dict:
+        """For each model the `PromptReferences` of the prompts, with at most `points` samples of each. frozen: the file
+        that the statistics are in; None: they are being filled."""
+        if frozen is not None:
+            self.load(frozen)
         return {m: self._statistics.reference(m, prompt_ids, rule, points) for m, rule in rules.items()}
 
     def known(self, rules: Mapping[str, ReferenceRule], prompt_ids: np.ndarray) -> np.ndarray:
@@ -77,31 +111,30 @@ class BaselineEstimator:
         self._statistics.save(Path(path))
 
     def load(self, path: str) -> None:
-        self._statistics = BaselineStatistics.load(Path(path))
-        self._statistics.freeze()
+        """Takes over frozen statistics, unless they are here already."""
+        if path != self._path:
+            self._known, self._path = BaselineStatistics.load(Path(path)), path
+            self._known.freeze()
 
 
 class Baseline:
-    """The estimator, seen from the driver."""
+    """The estimator, seen from the driver. A process that ends is started again by Ray, and the call made again.
 
-    def __init__(self) -> None:
-        self.actor = ray.remote(BaselineEstimator).options(**beside_driver()).remote()
+    Raises:
+        Fault: by any call: it gives no answer, or was started again and has lost what it was filled with.
+    """
+
+    def __init__(self, recovery: RecoveryConfig) -> None:
+        options = {**beside_driver(), "max_restarts": -1, "max_task_retries": TRIES}
+        self.actor = ray.remote(BaselineEstimator).options(**options).remote()
+        self._silence = recovery.silence
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """The estimator's answer.
-
-        Raises:
-            ValueError: its process has ended.
-        """
+        """The estimator's answer."""
         try:
-            return ray.get(getattr(self.actor, method).remote(*arguments))
-        except RayError as error:
-            if not died(error):
-                raise
-            raise ValueError(
-                f"the baseline estimator's process ended ({short(error)}); run the same command again: the stages that "
-                "were done are kept"
-            ) from error
+            return ray.get(getattr(self.actor, method).remote(*arguments), timeout=self._silence)
+        except GetTimeoutError:
+            raise Fault(f"the baseline estimator gave no answer for {self._silence:g} s ({method})") from None
 
     def load(self, path: Path) -> None:
         """Takes over frozen statistics."""

@@ -30,11 +30,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from actors.failures import lost, short
+from actors.failures import Fault, lost, short
 from actors.generator import Summary
 from actors.generator_pool import GeneratorPool, Outcome, Sampled, ready
 from actors.learner import Coefficients, LearnerGroup, Lost, merged
 from actors.metrics import StepMetrics
+from actors.queue import Queue
 from actors.ranks import rank_error
 from actors.saver import Saver
 from rlhf.config import AlignConfig
@@ -42,6 +43,7 @@ from rlhf.flow import history
 from rlhf.flow.history import Admitted, Asked, History, Rewarded, Trained
 from rlhf.flow.leases import Lease
 from rlhf.flow.ledger import Ledger
+from rlhf.flow.pulse import Pulse
 from rlhf.timeline import Span
 from rlhf.types import Rewards, WorkItem
 
@@ -53,6 +55,7 @@ class _Held:
     """What the controller keeps of an item until it is trained."""
 
     sampled: Sampled
+    attempt: int  # of the history, in which it was sampled
     rewards: ray.ObjectRef | None = None
     values: Rewards | None = None
 
@@ -82,7 +85,7 @@ class Parts:
     work: Callable[[int], WorkItem]
     generators: GeneratorPool
     reward: Callable[[ray.ObjectRef], ray.ObjectRef]
-    queue: Any
+    queue: Queue
     learner: LearnerGroup
     metrics: StepMetrics
     saver: Saver
@@ -93,9 +96,11 @@ class Parts:
 
 
 class Controller:
-    """Trains from version `start` on, as far as `run` is told."""
+    """Trains from version `start` on, as far as `run` is told. The reward pool may be silent for `silence` seconds."""
 
-    def __init__(self, config: AlignConfig, items_per_step: int, start: int, parts: Parts) -> None:
+    def __init__(
+        self, config: AlignConfig, items_per_step: int, start: int, silence: float, parts: Parts
+    ) -> None:
         self._config, self._work, self._on_step, self._asked = config, parts.work, parts.on_step, parts.asked
         self._generators, self._reward, self._queue = parts.generators, parts.reward, parts.queue
         self._learner, self._metrics, self._saver = parts.learner, parts.metrics, parts.saver
@@ -103,6 +108,7 @@ class Controller:
         self._ledger = Ledger(config.steps, items_per_step, config.staleness, start)
         self._held: dict[int, _Held] = {}
         self._scoring: dict[ray.ObjectRef, int] = {}
+        self._pulse = Pulse(silence)  # of the reward pool
         self._step: _Step | None = None
         self._last = time.perf_counter()
         self._began = time.time()
@@ -127,6 +133,7 @@ class Controller:
             self._saver.tend()
             if self._step is not None:
                 self._learner.check(self._step.parts)
+            self._check_scoring()
             self._sampled(self._generators.tend())
             for ref in ready(self._pending()):
                 self._handle(ref)
@@ -174,10 +181,11 @@ class Controller:
             self._ledger.scoring(item.id)
             summary = sampled.summary
             self._history.add(history.Sampled(item.id, summary.version, summary.responses, summary.tokens))
-            self._held[item.id] = _Held(sampled)
+            self._held[item.id] = _Held(sampled, self._history.attempt)
             self._scoring[self._reward(sampled.rollouts)] = item.id
 
     def _scored(self, ref: ray.ObjectRef) -> None:
+        self._pulse.begin()
         item = self._scoring.pop(ref)
         held = self._held[item]
         try:
@@ -192,6 +200,19 @@ class Controller:
         self._ledger.ready(item)
         self._history.add(Rewarded(item))
 
+    def _check_scoring(self) -> None:
+        """
+        Raises:
+            Fault: calls are out, and none has come back for too long.
+        """
+        self._pulse.look()
+        if not self._scoring:
+            self._pulse.begin()
+        elif self._pulse.silent:
+            raise Fault(
+                f"the reward pool gave no answer for {self._pulse.silence:.0f} s, with {len(self._scoring)} calls out"
+            )
+
     def _again(self, item: int, why: str) -> None:
         """What was made of the item is lost."""
         self._history.add(history.Lost(item, why))
@@ -199,9 +220,8 @@ class Controller:
         self._ledger.again(item)
 
     def _put(self, item: int) -> None:
-        """Not waited for: the queue takes calls in order, and `lease` says what it misses."""
         held = self._held[item]
-        self._queue.put.remote(item, (held.sampled.rollouts, held.rewards))
+        self._queue.put(item, (held.sampled.rollouts, held.rewards))
 
     def _train(self) -> None:
         batch = self._ledger.next_batch()
@@ -210,7 +230,7 @@ class Controller:
         save = self._saver.due(self.version + 1)
         if save and self._saver.busy:  # the one before is still being written
             return
-        lease = ray.get(self._queue.lease.remote(batch))
+        lease = self._queue.lease(batch)
         if not isinstance(lease, Lease):  # the queue was restarted, empty
             for item in lease:
                 self._put(item)
@@ -233,7 +253,7 @@ class Controller:
         """Items of the batch are lost, by place; the others stay for when these are there again."""
         self._saver.drop()
         gone = {step.batch[place]: words for place, words in why.items()}
-        self._queue.give_back.remote(step.lease.id, list(gone))
+        self._queue.give_back(step.lease.id, list(gone))
         self._ledger.untrained(step.batch)
         for item, words in gone.items():
             self._again(item, words)
@@ -247,7 +267,7 @@ class Controller:
             self._untrained(step, {place: words for part in missed for place, words in part.why.items()})
             return
         learned = time.perf_counter()
-        self._queue.acknowledge.remote(step.lease.id)
+        self._queue.acknowledge(step.lease.id)
         version = self._ledger.version
         self._ledger.trained(step.batch)
         self._generators.set_weights(step.weights, version + 1)
@@ -255,7 +275,7 @@ class Controller:
         metrics = self._measured(step, parts, held, version, learned)
         self._step = None
         versions = tuple(h.summary.version for h in held)
-        attempts = (self._history.attempt,) * len(held)
+        attempts = tuple(h.attempt for h in held)
         self._history.add(Trained(version, tuple(step.batch), attempts, versions))
         self._saver.trained(self.version, self._state)
         self._train()  # before anything that the learner need not wait for

@@ -26,6 +26,7 @@ class Evaluation:
 
     def __init__(self, config: Config, prompts: Sequence[Prompt], roles: Roles) -> None:
         self._config, self._prompts, self._roles = config, prompts, roles
+        self._silence = config.recovery.silence
         self._judge = judge_for(config.data.judge)
         self.ids = np.array([p.id for p in prompts], np.uint64)
         self.items = -(-len(prompts) // config.rollout.prompts_per_item)
@@ -52,7 +53,7 @@ class Evaluation:
             texts=texts,
             lengths=np.concatenate([r.tokens.lengths for r in found]).astype(np.int32).reshape(shape),
             finished=np.concatenate([r.finished for r in found]).reshape(shape),
-            rewards=_scores(self._roles.rewards, self._config.reward_models, sampled, shape[0]),
+            rewards=_scores(self._roles.rewards, self._config.reward_models, sampled, self._silence),
             reference={},
             judged={} if self._judge is None else self._judge.score(self._prompts, texts),
             judge_reference={},
@@ -65,7 +66,7 @@ class Evaluation:
         evaluators = self._config.evaluators
         if not evaluators:
             return {}
-        return _scores(self._roles.evaluators, evaluators, sampled, len(self._prompts))
+        return _scores(self._roles.evaluators, evaluators, sampled, self._silence)
 
     def judge_reference(self, sampled: list[Sampled]) -> Scores:
         """What a score of the judge's must reach, float32 [P], by what it is a score of; nothing, without a judge."""
@@ -89,7 +90,7 @@ class Evaluation:
         contents = [p.content for p in self._prompts]
         for i, canned in enumerate(model.canned if rule.kind == "canned" else []):
             score = partial(self._roles.evaluators.canned, name, contents, [canned] * len(contents))
-            rewards = Call(f"scoring of evaluators.{name}.canned", score).result()
+            rewards = Call(f"scoring of evaluators.{name}.canned", score, self._silence).result()
             statistics.add_canned(name, self.ids, rewards, i)
         if rule.kind == "column":
             values = [float(p.meta[str(model.column)]) for p in self._prompts]
@@ -97,10 +98,14 @@ class Evaluation:
 
 
 def _scores(
-    pool: RewardPool, models: Mapping[str, RewardModelConfig], sampled: list[Sampled], prompts: int
+    pool: RewardPool, models: Mapping[str, RewardModelConfig], sampled: list[Sampled], silence: float
 ) -> dict[str, np.ndarray]:
     """Raw rewards by model, float32 [prompts, n]."""
-    calls = [Call(f"scoring of evaluation item {s.item.id}", partial(pool.raw, s.rollouts)) for s in sampled]
+    prompts = sum(s.item.groups for s in sampled)
+    calls = [
+        Call(f"scoring of evaluation item {s.item.id}", partial(pool.raw, s.rollouts), silence)
+        for s in sampled
+    ]
     raw = np.concatenate([call.result() for call in calls])
     return {name: raw[:, i].reshape(prompts, -1) for i, name in enumerate(models)}
 

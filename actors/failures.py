@@ -71,28 +71,26 @@ def short(error: BaseException) -> str:
 class Call:
     """A call under way. One that was lost is made again; `TRIES` times in all."""
 
-    def __init__(self, what: str, start: Callable[[], ray.ObjectRef]) -> None:
-        self._what, self._start = what, start
+    def __init__(self, what: str, start: Callable[[], ray.ObjectRef], silence: float) -> None:
+        self._what, self._start, self._silence = what, start, silence
         self._ref = start()
 
     def result(self) -> Any:
         """
         Raises:
-            ValueError: it was lost each time.
+            Fault: it was lost each time, or gave no answer for `silence` seconds from now on.
         """
-        for _ in range(TRIES - 1):
+        for _ in range(TRIES):
             try:
-                return ray.get(self._ref)
+                return ray.get(self._ref, timeout=self._silence)
+            except GetTimeoutError:
+                raise Fault(f"{self._what} gave no answer for {self._silence:g} s") from None
             except RayError as error:
                 if not lost(error):
                     raise
+                why = short(error)
                 self._ref = self._start()
-        try:
-            return ray.get(self._ref)
-        except RayError as error:
-            if not lost(error):
-                raise
-            raise ValueError(f"{self._what} was lost {TRIES} times ({short(error)})") from error
+        raise Fault(f"{self._what} was lost {TRIES} times ({why})")
 
 
 def fetched(references: Sequence[ray.ObjectRef]) -> list[Any]:

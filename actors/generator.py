@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from actors.resources import keep_memory, set_threads, yield_to_learners
+from actors.stuck import place
 from rlhf.config import RoleConfig, RolloutConfig
 from rlhf.generate.engine import Engine
 from rlhf.timeline import Recorder, Span
@@ -49,8 +50,9 @@ class Generator:
         self._results: dict[int, asyncio.Future[Rollouts]] = {}  # by the engine's ticket
         self._progress = 0
 
-    def ping(self) -> None:
-        """Answered as soon as the process is there."""
+    def ping(self) -> tuple[int, str]:
+        """Its process and node, as soon as it is there."""
+        return place()
 
     def progress(self) -> int:
         """Another number than before, unless sampling has stood still; heard between two bursts of it."""

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from actors.failures import PATIENCE, died, lost, root, short
+from actors.failures import PATIENCE, Fault, died, lost, root, short
+from actors.stuck import where
+from rlhf.config import RecoveryConfig
 from rlhf.flow.fleet import TRIES, Fleet
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class _Call:
     policy: Policy
     weights: ray.ObjectRef | None
     version: int
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -56,9 +59,10 @@ class Link:
     not at all.
     """
 
-    def __init__(self, number: int, actor: Any, fleet: Fleet, timeout: float) -> None:
+    def __init__(self, number: int, actor: Any, fleet: Fleet, recovery: RecoveryConfig) -> None:
         self.number, self.actor, self._fleet = number, actor, fleet
-        self._pause = min(ASK, timeout / 4)
+        self._pause, self._startup = min(ASK, recovery.silence / 4), recovery.startup
+        self._place: tuple[int, str] | None = None  # its process and node
         self._call: _Call | None = None
         self._question: ray.ObjectRef | None = None
         self._up = False  # whether the process has answered since it ended last
@@ -76,6 +80,16 @@ class Link:
     def absent(self) -> bool:
         """Whether its process has not come up for so long that the log says so."""
         return not self._up and self._away.told
+
+    @property
+    def late(self) -> bool:
+        """Whether it has been taking the policy for too long."""
+        call = self._call
+        return call is not None and call.what == "load" and time.monotonic() - call.since > self._startup
+
+    def where(self) -> str:
+        """Where it stands, if that can be told."""
+        return where(None, *(self._place or (None, None)))
 
     def begin(self) -> None:
         """Another policy is to be loaded."""
@@ -124,7 +138,7 @@ class Link:
         except RayError as error:
             return self._failed(call, error, policy)
         if call.what == "look":
-            self._up = True
+            self._up, self._place = True, answer
         elif call.policy is not policy:
             pass  # another is to be loaded by now
         elif call.what == "load":
@@ -167,18 +181,18 @@ class Link:
         if call.weights == policy.weights:
             policy.weights, policy.losses = None, policy.losses + 1
             if policy.losses == TRIES or died(root(error)):  # the learner that had them, then
-                raise ValueError(f"the weights of version {call.version} are lost: {short(error)}")
+                raise Fault(f"the weights of version {call.version} are lost: {short(error)}")
         return None
 
     def stumbled(self, why: str) -> None:
         """Counts an end in the middle of loading or of pulling.
 
         Raises:
-            ValueError: once too often.
+            Fault: once too often.
         """
         self._ends += 1
         if self._ends == TRIES:
-            raise ValueError(
+            raise Fault(
                 f"generator {self.number} ended {TRIES} times while it took the policy, the last time by {why}; the "
                 "log of its node may say more: often it is too little memory"
             )

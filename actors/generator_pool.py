@@ -13,11 +13,11 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from actors.failures import lost, short
+from actors.failures import PATIENCE, Fault, lost, short
 from actors.generator import Generator, Summary
 from actors.generator_link import LOOK, Link, Policy
-from actors.resources import actor_options
-from rlhf.config import RoleConfig, RolloutConfig
+from actors.resources import actor_options, room
+from rlhf.config import RecoveryConfig, RoleConfig, RolloutConfig
 from rlhf.flow.fleet import TRIES, Fleet
 from rlhf.types import Content, WorkItem
 
@@ -58,13 +58,19 @@ class GeneratorPool:
         rollout: RolloutConfig,
         chat_template: str | None,
         role: RoleConfig,
-        silence: float,
+        recovery: RecoveryConfig,
         kind: type = Generator,
     ) -> None:
         actor = ray.remote(kind).options(max_restarts=-1, max_task_retries=0, **actor_options(role))
         self._actors = [actor.remote(n, rollout, chat_template, role) for n in range(role.count)]
-        self._fleet, self._timeout = Fleet(silence), silence
-        self._links = [Link(n, a, self._fleet, silence) for n, a in enumerate(self._actors)]
+        self._fleet, self._timeout, self._startup = (
+            Fleet(recovery.silence),
+            recovery.silence,
+            recovery.startup,
+        )
+        self._links = [Link(n, a, self._fleet, recovery) for n, a in enumerate(self._actors)]
+        self._role = role
+        self._missed = self._told = time.monotonic()  # since when none is ready; when that was told
         self._work: dict[ray.ObjectRef, _Work] = {}
         self._policy = Policy("")
 
@@ -74,6 +80,7 @@ class GeneratorPool:
         self._policy = Policy(policy)
         self._fleet.begin()
         self._forget()
+        self._missed = time.monotonic()
         for link in self._links:
             link.begin()
         while not self._loaded():
@@ -136,20 +143,49 @@ class GeneratorPool:
         self._fleet.start(item.id, worker)
 
     def tend(self) -> list[Outcome]:
-        """Gives up silent generators, and starts what each is to be told next; the work that was given up."""
+        """Gives up silent generators, and starts what each is to be told next; the work that was given up.
+
+        Raises:
+            Fault: none has been ready for `recovery.startup` seconds.
+        """
         self._fleet.tick()
         outcomes: list[Outcome] = []
         for worker in self._fleet.silent():
-            silence = f"no sign of life for recovery.silence={self._timeout:g} s"
-            log.warning("generator %d is restarted: %s", worker, silence)
-            ray.kill(self._actors[worker], no_restart=False)
-            left = self._leave(worker, blamed=True)
-            if not left:
-                self._links[worker].stumbled(silence)
-            outcomes += left
+            outcomes += self._give_up(worker, f"no sign of life for recovery.silence={self._timeout:g} s")
         for link in self._links:
+            if link.late:
+                outcomes += self._give_up(
+                    link.number, f"it took the policy for recovery.startup={self._startup:g} s"
+                )
             link.tend(self._policy)
+        self._miss()
         return outcomes
+
+    def _give_up(self, worker: int, why: str) -> list[Outcome]:
+        log.warning("generator %d is restarted: %s; %s", worker, why, self._links[worker].where())
+        ray.kill(self._actors[worker], no_restart=False)
+        left = self._leave(worker, blamed=True)
+        if not left:
+            self._links[worker].stumbled(why)
+        return left
+
+    def _miss(self) -> None:
+        """Looks whether any generator is ready, and says what is missing."""
+        now = time.monotonic()
+        if any(self._fleet.ready(link.number) for link in self._links):
+            self._missed = self._told = now
+        elif now - self._missed > self._startup:
+            raise Fault(f"no generator is ready after recovery.startup={self._startup:g} s; {room()}")
+        elif now - self._told > PATIENCE:
+            self._told = now
+            log.warning(
+                "none of %d generators is ready after %.0f s; each asks for %g CPUs and %g GPUs; %s",
+                len(self._links),
+                now - self._missed,
+                self._role.cpus,
+                self._role.gpus,
+                room(),
+            )
 
     def take(self, ref: ray.ObjectRef) -> list[Outcome]:
         """Handles a ready reference; the work that has ended by it."""
@@ -200,12 +236,10 @@ class GeneratorPool:
         """Counts that what was made of an item is lost.
 
         Raises:
-            ValueError: once too often.
+            Fault: once too often.
         """
         if self._fleet.lose(item.id) == TRIES:
-            raise ValueError(
-                f"{_named(item)}: what was made of it was lost {TRIES} times, the last time by {why}"
-            )
+            raise Fault(f"{_named(item)}: what was made of it was lost {TRIES} times, the last time by {why}")
 
     def sample(
         self, items: Sequence[WorkItem], use: Callable[[Sampled], ray.ObjectRef] | None = None

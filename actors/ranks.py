@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.failures import Fault, died, short
-from actors.stuck import innermost, where
+from actors.stuck import SILENT, innermost, where
 from rlhf.flow.pulse import Pulse
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,10 @@ class Watch:
         for rank, text in enumerate(found):
             log.warning("learner rank %d stands at: %s", rank, text)
         stand = "; ".join(f"rank {rank}: {innermost(text)}" for rank, text in enumerate(found))
-        names = ", ".join(map(str, stuck))
+        mute = [
+            rank for rank in stuck if SILENT in found[rank]
+        ]  # the others wait for these, if there are any
+        names = ", ".join(map(str, mute or stuck))
         return f"learner rank {names} of {len(found)} gave no sign of life for {self._timeout:g} s ({stand})"
 
 

@@ -53,6 +53,15 @@ def yield_to_learners() -> None:
     os.nice(10)
 
 
+def room() -> str:
+    """What a cluster has, and what of it is free: for lines about what is waited for."""
+    import ray
+
+    every, free = ray.cluster_resources(), ray.available_resources()
+    kinds = [kind for kind in ("CPU", "GPU") if kind in every]
+    return "free are " + ", ".join(f"{free.get(k, 0):g} of {every[k]:g} {k}s" for k in kinds)
+
+
 def asked(config: Config) -> dict[str, float]:
     """CPUs and GPUs that all roles ask for together."""
     r, models = config.resources, len(config.reward_models) + len(config.evaluators)

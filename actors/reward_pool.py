@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,10 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 
-from actors.resources import keep_memory, set_threads, yield_to_learners
-from rlhf.config import ResourcesConfig, RewardModelConfig
+from actors.failures import PATIENCE, Fault
+from actors.resources import keep_memory, room, set_threads, yield_to_learners
+from actors.watchdog import deadline
+from rlhf.config import RecoveryConfig, ResourcesConfig, RewardModelConfig
 from rlhf.timeline import Recorder, Span
 from rlhf.types import Content, Rewards, Rollouts
 from rlhf.utility.pipeline import Utility
@@ -30,7 +33,10 @@ from rlhf.utility.statistics import ReferenceRule
 if TYPE_CHECKING:
     from rlhf.models.reward import RewardScorer
 
+log = logging.getLogger(__name__)
+
 ATTEMPTS = 5
+ENDS = 30.0  # seconds for an application to end
 POINTS = 256  # samples, at most, that a transform of a prompt's samples gets; of more, their quantiles
 
 
@@ -110,16 +116,22 @@ class RewardIngress:
         return await self._call(model, "score_texts", contents, responses)
 
     async def rewards(
-        self, rollouts: list[ray.ObjectRef], utility: Utility, rules: Mapping[str, ReferenceRule]
+        self,
+        rollouts: list[ray.ObjectRef],
+        utility: Utility,
+        rules: Mapping[str, ReferenceRule],
+        statistics: str,
     ) -> Rewards:
-        """What the learner maximises, for one `Rollouts`."""
+        """What the learner maximises, for one `Rollouts`, with references from frozen statistics (a file)."""
         assert tuple(self._models) == tuple(utility.weights) == tuple(rules)
         started = time.perf_counter()
         batch: Rollouts = await rollouts[0]
         points = POINTS if utility.needs_samples else 0
         (raw, spans), references = await asyncio.gather(
             self._scored(rollouts),
-            asyncio.wrap_future(self._baseline.references.remote(batch.prompt_ids, rules, points).future()),
+            asyncio.wrap_future(
+                self._baseline.references.remote(batch.prompt_ids, rules, points, statistics).future()
+            ),
         )
         rewards = utility.rewards(batch, raw, references)
         return replace(rewards, seconds=time.perf_counter() - started, spans=spans)
@@ -150,15 +162,20 @@ class RewardPool:
         budget: int,
         dtype: str,
         baseline: Any,
+        recovery: RecoveryConfig,
     ) -> None:
+        self._silence = recovery.silence
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         self._name = f"rewards-{uuid.uuid4().hex[:8]}"
         app = serve.deployment(RewardIngress).options(
-            name="ingress", max_ongoing_requests=64, ray_actor_options={"num_cpus": 0}
+            name="ingress",
+            max_ongoing_requests=64,
+            ray_actor_options={"num_cpus": 0},
+            **_checked(recovery),
         )
         deployments = {
-            name: _deployment(name, resources).bind(
+            name: _deployment(name, resources, recovery).bind(
                 name,
                 paths[name],
                 model.chat_template,
@@ -170,42 +187,89 @@ class RewardPool:
             for name, model in models.items()
         }
         try:
-            self._handle = serve.run(
-                app.bind(deployments, baseline),
-                name=self._name,
-                route_prefix=None,
-                logging_config={"log_level": "ERROR"},
+            target = serve.RunTarget(
+                app.bind(deployments, baseline), self._name, None, logging_config={"log_level": "ERROR"}
             )
-            faults = self._handle.faults.remote().result()
+            (self._handle,) = serve.run_many([target], wait_for_applications_running=False)
+            self._wait(recovery.startup)
+            faults = self._handle.faults.remote().result(timeout_s=recovery.startup)
             if faults:
                 raise ValueError("; ".join(faults))
-            self.notes: list[str] = self._handle.notes.remote().result()
+            self.notes: list[str] = self._handle.notes.remote().result(timeout_s=recovery.startup)
+        except TimeoutError:
+            self.stop()
+            raise Fault(f"the reward pool gave no answer for {recovery.startup:g} s") from None
         except BaseException:
             self.stop()  # or the replicas that started would keep their CPUs
             raise
 
+    def _wait(self, seconds: float) -> None:
+        """Until every replica is there.
+
+        Raises:
+            Fault: it takes too long, or they fail.
+        """
+        end, tell = time.monotonic() + seconds, time.monotonic() + PATIENCE
+        while True:
+            status = serve.status().applications[self._name]
+            if status.status == "RUNNING":
+                return
+            states = "; ".join(f"{n}: {d.status} {d.message}".strip() for n, d in status.deployments.items())
+            if status.status == "DEPLOY_FAILED" or time.monotonic() > end:
+                raise Fault(f"the reward pool did not start ({states})")
+            if time.monotonic() > tell:
+                tell += PATIENCE
+                log.warning("the reward pool is waited for: %s; %s", states, room())
+            time.sleep(0.1)
+
+    def _started(self, response: Any) -> ray.ObjectRef:
+        """The reference of a call, once a replica has it."""
+        try:
+            return response._to_object_ref_sync(_timeout_s=self._silence)
+        except TimeoutError:
+            raise Fault(f"no replica of the reward pool took a call for {self._silence:g} s") from None
+
     def raw(self, rollouts: ray.ObjectRef) -> ray.ObjectRef:
         """Starts the scoring of rollouts; the reference of their raw rewards, float32 [B, M]."""
-        return self._handle.raw.remote([rollouts])._to_object_ref_sync()
+        return self._started(self._handle.raw.remote([rollouts]))
 
     def canned(self, model: str, contents: Sequence[Content], responses: Sequence[str]) -> ray.ObjectRef:
-        return self._handle.canned.remote(model, contents, responses)._to_object_ref_sync()
+        return self._started(self._handle.canned.remote(model, contents, responses))
 
     def rewards(
-        self, rollouts: ray.ObjectRef, utility: Utility, rules: Mapping[str, ReferenceRule]
+        self,
+        rollouts: ray.ObjectRef,
+        utility: Utility,
+        rules: Mapping[str, ReferenceRule],
+        statistics: Path,
     ) -> ray.ObjectRef:
-        """Starts the rewarding of rollouts; the reference of their `Rewards`."""
-        return self._handle.rewards.remote([rollouts], utility, rules)._to_object_ref_sync()
+        """Starts the rewarding of rollouts, with references from frozen statistics; the reference of their
+        `Rewards`."""
+        return self._started(self._handle.rewards.remote([rollouts], utility, rules, str(statistics)))
 
     def stop(self) -> None:
-        serve.delete(self._name)
+        """
+        Raises:
+            Fault: Serve's controller does not answer.
+        """
+        with deadline(ENDS, f"the end of Serve's application {self._name}"):
+            serve.delete(self._name)
 
 
-def _deployment(name: str, resources: ResourcesConfig) -> Any:
+def _checked(recovery: RecoveryConfig) -> dict[str, float]:
+    """How often Serve asks replicas whether they are well; after three times without an answer it replaces one."""
+    return {
+        "health_check_period_s": min(10.0, recovery.silence / 6),
+        "health_check_timeout_s": min(30.0, recovery.silence / 6),
+    }
+
+
+def _deployment(name: str, resources: ResourcesConfig, recovery: RecoveryConfig) -> Any:
     role = resources.reward
     options: dict[str, Any] = {
         "name": f"reward-{name}",
         "max_ongoing_requests": 4,
+        **_checked(recovery),
         "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus},
     }
     if resources.max_reward_replicas is not None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from actors.baseline import Baseline
+from actors.failures import Fault
 from actors.generator_pool import GeneratorPool
 from actors.learner import LearnerGroup
 from actors.reward_pool import RewardPool
@@ -15,6 +16,8 @@ from actors.session import Session
 from actors.stages.reward_models import RewardModels
 from actors.stages.stage import Stages
 from rlhf.config import RewardModelConfig
+
+SLACK = 30.0  # seconds beyond its own limits that a role's start is waited for
 
 
 class Roles:
@@ -41,12 +44,13 @@ class Roles:
     @property
     def generators(self) -> GeneratorPool:
         c = self.config
-        parts = (c.rollout, c.policy.chat_template, c.resources.generators, c.recovery.silence)
+        parts = (c.rollout, c.policy.chat_template, c.resources.generators, c.recovery)
         return self._role("generators", parts, lambda: GeneratorPool(*parts))
 
     @property
     def baseline(self) -> Baseline:
-        return self._role("baseline", (), Baseline)
+        recovery = self.config.recovery
+        return self._role("baseline", recovery, lambda: Baseline(recovery))
 
     @property
     def rewards(self) -> RewardPool:
@@ -61,10 +65,23 @@ class Roles:
     ) -> RewardPool:
         templates = {n: m.chat_template for n, m in models.items()}
         budget, resources = self.config.deepspeed.micro_batch_tokens * 2, self.config.resources
-        parts = (paths, templates, resources.reward, resources.max_reward_replicas, budget, self.config.dtype)
         baseline = self.baseline.actor
+        parts = (
+            paths,
+            templates,
+            resources.reward,
+            resources.max_reward_replicas,
+            budget,
+            self.config.dtype,
+            baseline,  # another one is asked
+            self.config.recovery.silence,
+        )
         return self._role(
-            name, parts, lambda: RewardPool(models, paths, resources, budget, self.config.dtype, baseline)
+            name,
+            parts,
+            lambda: RewardPool(
+                models, paths, resources, budget, self.config.dtype, baseline, self.config.recovery
+            ),
         )
 
     @contextmanager
@@ -72,11 +89,14 @@ class Roles:
         """Starts a role in the background while the block runs; it is there after the block."""
         background = ThreadPoolExecutor(1)
         future = background.submit(getattr, self, role)
+        seconds = self.config.recovery.startup + SLACK
         try:
             yield
-            future.result()
+            future.result(seconds)
+        except TimeoutError:
+            raise Fault(f"role {role} has not started after {seconds:g} s") from None
         except Exception:
-            wait([future])  # what it starts is then there to be ended
+            wait([future], SLACK)  # what it starts is then there to be ended
             raise
         finally:
             background.shutdown(wait=False)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from actors.failures import Fault
+
 if TYPE_CHECKING:
     from actors.cluster import Cluster
     from rlhf.config import Config
@@ -50,10 +52,20 @@ class Session:
         return self._roles[name][1]
 
     def release(self) -> None:
-        """Ends the roles, and so gives their CPUs and GPUs back; the connection stays."""
-        for _, role in self._roles.values():
-            role.stop()
-        self._roles = {}
+        """Ends the roles, and so gives their CPUs and GPUs back; the connection stays.
+
+        Raises:
+            Fault: one of them could not be ended; the others are.
+        """
+        roles, self._roles = self._roles, {}
+        faults = []
+        for _, role in roles.values():
+            try:
+                role.stop()
+            except Fault as fault:
+                faults.append(fault)
+        if faults:
+            raise faults[0]
 
     def fault(self) -> str | None:
         """What of a Ray of this session's own has ended; None: nothing, as far as is known."""
@@ -66,13 +78,17 @@ class Session:
         """Ends the roles, whatever state they are in, so that they are made anew; `entirely`, or when it does not
         answer, a Ray of this session's own too."""
         cluster = self.cluster
-        if cluster.own and (entirely or cluster.fault() is not None):
-            self._roles = {}
-            cluster.stop(by_force=True)
-            self._starting = None
-            self.start(config)
-        else:
-            self.release()
+        entirely = cluster.own and (entirely or cluster.fault() is not None)
+        if not entirely:
+            try:
+                return self.release()
+            except Fault:
+                if not cluster.own:
+                    raise
+        self._roles = {}
+        cluster.stop(by_force=True)
+        self._starting = None
+        return self.start(config)
 
     def stop(self, exiting: bool = False) -> None:
         """Ends what was started: on a cluster that was there, its roles; else Ray itself. A process that is `exiting`

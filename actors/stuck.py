@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 ANSWER = 3.0  # seconds
+SILENT = "answers nothing"  # of a process that does not even say where it stands
 DUMP = 20.0  # seconds for py-spy
 
 
@@ -42,19 +43,21 @@ def where(asked: ray.ObjectRef | None, pid: int | None, node: str | None) -> str
         except RayError:
             pass  # it answers nothing
     if pid is None or node != ray.get_runtime_context().get_node_id():
-        return "it answers nothing"
+        return f"it {SILENT}"
     import psutil
 
     try:
         state = psutil.Process(pid).status()
     except psutil.NoSuchProcess:
         return f"process {pid} is gone"
-    found = f"process {pid} is {state} and answers nothing"
+    found = f"process {pid} is {state} and {SILENT}"
     spy = shutil.which("py-spy")
     if spy is not None and state != psutil.STATUS_STOPPED:
-        done = subprocess.run(
-            [spy, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=DUMP, check=False
-        )
+        command = [spy, "dump", "--pid", str(pid)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=DUMP, check=False)
+        except subprocess.TimeoutExpired:
+            return found
         found += f"\n{done.stdout or done.stderr}"
     return found
 

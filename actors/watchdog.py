@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -48,3 +49,15 @@ def watched(fault: Callable[[], str | None]) -> Iterator[None]:
         over.set()
         thread.join()
         signal.signal(SIGNAL, before)
+
+
+@contextmanager
+def deadline(seconds: float, what: str) -> Iterator[None]:
+    """Bounds a wait of another library, in the main thread.
+
+    Raises:
+        Fault: the block has lasted so long.
+    """
+    end = time.monotonic() + seconds
+    with watched(lambda: f"{what} took more than {seconds:g} s" if time.monotonic() > end else None):
+        yield

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checksums import wrong
-from rlhf.files import write_atomic
+from rlhf.files import sync, write_atomic
 
 MANIFEST = "manifest.json"
 
@@ -69,6 +69,7 @@ class Checkpoints:
         final = self._folder / _name(step)
         shutil.rmtree(final, ignore_errors=True)  # of a history that was set back
         os.rename(written, final)
+        sync(self._folder)
         for old in self.steps()[: -self._keep]:
             if old not in besides:
                 shutil.rmtree(self._folder / _name(old))

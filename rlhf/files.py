@@ -25,6 +25,15 @@ def write_atomic(path: Path, text: str) -> None:
         new.unlink(missing_ok=True)  # it is there only if the disk is full, or the like
 
 
+def sync(folder: Path) -> None:
+    """Returns when the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def link(path: Path, target: Path) -> None:
     """Points `path` at `target` by a relative symbolic link, replacing an older one at once."""
     new = beside(path)

@@ -24,7 +24,7 @@ from rlhf.changes import told as changes_told
 from rlhf.checkpoints import Checkpoint, Checkpoints, read
 from rlhf.code import code_version
 from rlhf.files import write_atomic
-from rlhf.flow.history import Began, Ended, History, copy_until
+from rlhf.flow.history import Began, Ended, Evaluated, History, copy_until
 from rlhf.flow.history import Checkpoint as Saved
 from rlhf.logs import METRICS
 from rlhf.progress import StageView
@@ -288,6 +288,8 @@ class _Run:
             if self.asked():
                 return saver.save(controller.version, self._state())
             early = curve.go_on(controller.version)
+            if curve.is_due(controller.version):
+                history.add(Evaluated(controller.version))
         history.add(Ended(controller.version, early or ""))
         history.close()
         writer.close()
@@ -312,15 +314,16 @@ class _Run:
         self, saver: Saver, history: History, on_step: Callable[[dict[str, float]], None]
     ) -> Controller:
         from actors.controller import Controller, Parts
-        from actors.queue import start_queue
+        from actors.queue import Queue
 
         c, rewards = self.config, self.roles.rewards
-        utility, rules = self.stage.utility, self.stage.stages.of(Baseline).rules
+        baseline = self.stage.stages.of(Baseline)
+        utility, rules, statistics = self.stage.utility, baseline.rules, baseline.statistics_path
         parts = Parts(
             self._work,
             self.roles.generators,
-            lambda rollouts: rewards.rewards(rollouts, utility, rules),
-            start_queue(),
+            lambda rollouts: rewards.rewards(rollouts, utility, rules, statistics),
+            Queue(c.recovery),
             self.roles.learner,
             self.metrics,
             saver,
@@ -329,7 +332,7 @@ class _Run:
             on_step,
             self.asked,
         )
-        return Controller(c.align, self.items_per_step, self.step, parts)
+        return Controller(c.align, self.items_per_step, self.step, c.recovery.silence, parts)
 
     def _work(self, item: int) -> WorkItem:
         """Work item `item` of the run, the same whenever it is asked for."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import ray
 
 from actors.failures import Call
 from actors.generator_pool import Sampled
+from actors.signals import orderly
 from actors.stages.reward_models import RewardModels
 from actors.stages.sft import Sft
 from actors.stages.stage import Output, Stage
@@ -20,7 +23,7 @@ from actors.work import work_items
 from rlhf.code import code_version
 from rlhf.files import write_atomic
 from rlhf.progress import StageView
-from rlhf.store import fingerprint, source_fingerprint
+from rlhf.store import CHECKPOINTS, fingerprint, source_fingerprint
 from rlhf.types import Prompt
 from rlhf.utility.adaptive import AdaptiveSampling
 from rlhf.utility.statistics import ReferenceRule
@@ -28,6 +31,7 @@ from rlhf.utility.statistics import ReferenceRule
 if TYPE_CHECKING:
     from actors.stages.job import Job
 
+EVERY = 60.0  # seconds between two snapshots
 SCORED_BY = ("rlhf.generate.transformers_engine", "rlhf.models.reward", "actors.work")
 """Modules on which the base policy's samples and their rewards depend."""
 
@@ -95,8 +99,12 @@ class Baseline(Stage):
         return self.made(self._output) / "statistics.npz"
 
     def make(self, job: Job, output: Output, folder: Path) -> None:
-        with job.view.stage("baseline", 1) as progress:
-            found = _Sampling(self, job, progress).run()
+        snapshot = folder / CHECKPOINTS / "statistics.npz"
+        with job.view.stage("baseline", 1) as progress, orderly(self.config.recovery.grace) as asked:
+            found = _Sampling(self, job, progress, snapshot, asked).run()
+            if found is None:
+                return
+        shutil.rmtree(snapshot.parent, ignore_errors=True)
         errors = "  ".join(f"{n} {row['standard_error']:.2f}" for n, row in found["references"].items())
         job.view.line(
             f"baseline: {found['samples']} base responses; median standard error of r_ref: {errors}"
@@ -115,24 +123,36 @@ class _Sampling:
 
     Prompts that earlier statistics have (`baseline.known`) are not sampled again; others are, or are refused. With a
     tolerance, rounds of `baseline.samples` go on for the prompts whose r_ref is not sure enough yet.
+
+    A snapshot of the statistics is saved now and then, with a tolerance after a round: what it has is not sampled
+    again.
     """
 
-    def __init__(self, stage: Baseline, job: Job, progress: StageView) -> None:
+    def __init__(
+        self, stage: Baseline, job: Job, progress: StageView, snapshot: Path, asked: Callable[[], bool]
+    ) -> None:
         self._stage, self._job, self._progress = stage, job, progress
+        self._snapshot, self._asked = snapshot, asked
+        self._saved, self._silence = time.monotonic(), stage.config.recovery.silence
         self._config, self._data, self._rules = stage.config, stage.data, stage.rules
         data = stage.data
         self._prompts = list({p.id: p for p in [*data.prompts, *data.eval_prompts]}.values())
         self._ids = np.array([p.id for p in self._prompts], np.uint64)
         self._items = self._taken = 0
 
-    def run(self) -> dict[str, Any]:
-        """What to tell of it: samples taken and saved, and for each model the median standard error of r_ref."""
+    def run(self) -> dict[str, Any] | None:
+        """What to tell of it: samples taken and saved, and for each model the median standard error of r_ref. Nothing,
+        if it was asked to end."""
         roles = self._job.roles
         with roles.start_beside("rewards"):
             roles.generators.load(self._stage.stages.of(Sft).policy_path)
         self._actor, ask = roles.baseline.actor, roles.baseline.ask
         ask("reset", self._stage.keys, self._config.baseline.exact)
         unseen = self._unseen()
+        model, *_ = self._rules
+        known = ask("count", model, self._ids)
+        self._resume()
+        self._taken = ask("count", model, self._ids) - known
         updates = self._canned() + self._columns()
         found: dict[str, Any] = {}
         if self._config.baseline.tolerance is None:
@@ -141,6 +161,10 @@ class _Sampling:
             found["samples_saved"] = self._adaptive()
         for update in updates:
             update.result()
+        if self._asked():
+            if self._config.baseline.tolerance is None:
+                self._save()
+            return None
         found |= {"samples": self._taken, "prompts": len(self._ids), "prompts_sampled": len(unseen)}
         references = ask("references", self._ids, self._rules, 0)
         found["references"] = {
@@ -181,15 +205,43 @@ class _Sampling:
         self._items += len(items)
         self._progress.extend(self._items)
         source, models, rewards = self._stage.output_name, list(self._rules), self._job.roles.rewards
+        taken = self._job.roles.baseline.ask("taken", source)
+        open_ = [item for item in items if item.id not in taken]
 
         def update(sampled: Sampled) -> ray.ObjectRef:
             raw = rewards.raw(sampled.rollouts)
             return self._actor.update.remote(models, sampled.rollouts, raw, source)
 
-        found = self._job.roles.generators.sample(items, update)
-        for done, sampled in enumerate(found, self._items - len(items) + 1):
+        found = self._job.roles.generators.sample(open_, update)
+        for done, sampled in enumerate(found, self._items - len(open_) + 1):
             self._taken += sampled.summary.responses
             self._progress.update(done, f"{self._taken} base responses")
+            self._job.progressed()
+            if self._asked():
+                return
+            if c.baseline.tolerance is None and time.monotonic() - self._saved > EVERY:
+                self._save()
+
+    def _save(self) -> None:
+        self._snapshot.parent.mkdir(exist_ok=True)
+        self._job.roles.baseline.ask("save", str(self._snapshot))
+        self._saved = time.monotonic()
+
+    def _resume(self) -> None:
+        """Goes on from a snapshot, if there is one that is whole."""
+        if not self._snapshot.exists():
+            return
+        ask, line = self._job.roles.baseline.ask, self._job.view.line
+        try:
+            ask("resume", str(self._snapshot))
+        except ValueError as error:
+            line(f"baseline: {error}: it is sampled anew")
+            self._snapshot.unlink()
+        else:
+            done = len(ask("taken", self._stage.output_name))
+            line(f"baseline: goes on after {done} items that were sampled before")
+            if self._config.baseline.tolerance is not None:  # whole rounds
+                self._items = done
 
     def _adaptive(self) -> int:
         """Rounds, until every prompt's r_ref is sure enough or it has its most samples. The samples saved."""
@@ -201,6 +253,9 @@ class _Sampling:
             if not progress.needs.any():
                 return progress.saved
             self._sample([p for p, needs in zip(self._prompts, progress.needs, strict=True) if needs])
+            if self._asked():
+                return progress.saved
+            self._save()
 
     def _canned(self) -> list[Call]:
         """Rewards of the canned responses to every prompt, on their way to the estimator."""
@@ -216,7 +271,7 @@ class _Sampling:
                     rewards = self._job.roles.rewards.canned(name, contents, [canned] * len(contents))
                     return self._actor.update_canned.remote(name, ids, rewards, item)
 
-                updates.append(Call(f"scoring of reward_models.{name}.canned", update))
+                updates.append(Call(f"scoring of reward_models.{name}.canned", update, self._silence))
         return updates
 
     def _columns(self) -> list[Call]:
@@ -227,5 +282,5 @@ class _Sampling:
                 ids, values = zip(*self._data.column(model.column), strict=True)
                 columns = np.array(ids, np.uint64), np.array(values, np.float32)
                 update = partial(self._actor.update_column.remote, name, *columns)
-                updates.append(Call(f"reference of reward_models.{name}", update))
+                updates.append(Call(f"reference of reward_models.{name}", update, self._silence))
         return updates

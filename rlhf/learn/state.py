@@ -8,6 +8,7 @@ ranks, and under another ZeRO stage. There is no pickle in it (DeepSpeed's own f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ class Snapshot:
                 moments = state.get(fragment.flat, {})
                 parts |= {f"/{key}": fragment.of(moments[key]) for key in MOMENTS if key in moments}
                 if STEP in moments:
-                    parts[f"/{STEP}"] = torch.as_tensor(moments[STEP]).reshape(1)
+                    parts[f"/{STEP}"] = torch.as_tensor(moments[STEP]).reshape(1).to(torch.int64)
                 for kind, part in parts.items():
                     key = f"{label}/{fragment.name}@{fragment.start}{kind}"
                     seen[key] = self._copy(key, part)
@@ -116,6 +117,8 @@ class Snapshot:
 
     def write(self, path: Path) -> None:
         save_file(self._copies, path, {"shapes": json.dumps(self._shapes)})
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -148,9 +151,9 @@ class _Saved:
     def has(self, name: str, kind: str) -> bool:
         return f"{name}/{kind}" in self._pieces
 
-    def step(self, name: str) -> torch.Tensor:
+    def step(self, name: str) -> int:
         (piece, *_) = self._pieces[f"{name}/{STEP}"]
-        return piece.file.get_tensor(piece.key)[0]
+        return int(piece.file.get_tensor(piece.key)[0])
 
     def fill(self, into: torch.Tensor, name: str, kind: str, start: int) -> None:
         """Copies the part of a parameter that begins at `start`, as long as `into`."""
@@ -175,7 +178,7 @@ def restore(folder: Path, trainers: Mapping[str, Trainer]) -> None:
         saved = _Saved(folder, label)
         _check(folder, label, saved.shapes, trainer)
         adam = _adam(trainer)
-        moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+        moments: dict[torch.Tensor, dict[str, Any]] = {}
         if trainer.stage == 3:
             trainer.engine.optimizer.checkpoint_event_prologue()  # no rank keeps whole parameters
         for fragment in fragments(trainer):
@@ -186,10 +189,19 @@ def restore(folder: Path, trainers: Mapping[str, Trainer]) -> None:
             for key in MOMENTS:
                 whole = state.setdefault(key, torch.zeros_like(fragment.flat))
                 saved.fill(fragment.of(whole), fragment.name, key, fragment.start)
-            state[STEP] = saved.step(fragment.name).clone()
+            state[STEP] = _counted(adam, fragment.flat, saved.step(fragment.name))
         adam.state.clear()
         adam.state.update(moments)
         _compute_with(trainer)
+
+
+def _counted(adam: Any, flat: torch.Tensor, step: int) -> torch.Tensor | int:
+    """A count of steps as this optimiser keeps it: PyTorch's as a number of float32, DeepSpeed's as an integer."""
+    if not isinstance(adam, torch.optim.Adam):
+        return step
+    group = adam.param_groups[0]
+    on = flat.device if group["fused"] or group["capturable"] else "cpu"
+    return torch.tensor(float(step), device=on)
 
 
 def _check(folder: Path, label: str, saved: Mapping[str, tuple[int, ...]], trainer: Trainer) -> None:

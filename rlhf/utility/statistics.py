@@ -248,6 +248,13 @@ class BaselineStatistics:
             mine.absorb(column)
             self._columns[kind][model] = mine
 
+    def taken(self, source: str) -> set[int]:
+        """The numbers of the items (source, number) that were taken in of every model."""
+        columns = [self._columns["sampled"].get(model) for model in self.keys]
+        items = [set() if column is None else column.items for column in columns]
+        found = set.intersection(*(set(own) for own in items)) if items else set()
+        return {item[1] for item in found if isinstance(item, tuple) and item[0] == source}
+
     def freeze(self) -> None:
         """From now on, adding raises RuntimeError. Puts every column in one table, with shared ids."""
         self.frozen = True

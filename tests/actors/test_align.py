@@ -141,7 +141,8 @@ def test_rewards_are_the_formula(jobs, reward_folders, policy_folder):
     (sampled,) = job.roles.generators.sample([next(iter(items(job)))])
     ray.get(job.roles.baseline.actor.load.remote(str(job.stages.of(Baseline).statistics_path)))
     utility, rules = job.stages.of(Align).utility, job.stages.of(Baseline).rules
-    rewards: Rewards = ray.get(job.roles.rewards.rewards(sampled.rollouts, utility, rules))
+    statistics = job.stages.of(Baseline).statistics_path
+    rewards: Rewards = ray.get(job.roles.rewards.rewards(sampled.rollouts, utility, rules, statistics))
     rollouts = ray.get(sampled.rollouts)
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     for column, name in enumerate(("helpful", "harmless")):

@@ -9,13 +9,13 @@ import pytest
 import ray
 import torch
 
-from actors.baseline import Baseline
+from actors.failures import Fault
 from actors.generator_pool import GeneratorPool, ready
 from actors.stages.sft import Sft
 from actors.work import work_items
-from rlhf.config import RoleConfig
+from rlhf.config import RecoveryConfig, RoleConfig
 from rlhf.types import Prompt
-from tests.actors.conftest import composed, run
+from tests.actors.conftest import composed
 from tests.actors.frail import Brittle, Frail, Stillborn
 from tests.actors.test_align import align, expected, without_times  # noqa: F401
 
@@ -42,6 +42,10 @@ def lost_object():
     raise AssertionError("it is still there")
 
 
+def recovery(silence):
+    return RecoveryConfig(restarts=0, backoff=0.0, silence=silence, startup=60.0, grace=0.0)
+
+
 def pids(pool):
     return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in pool._actors])
 
@@ -51,7 +55,7 @@ def frail(cluster, policy_folder, tmp_path_factory):
     """Two generators that fail as they are asked, and the folder of their flags."""
     flags = tmp_path_factory.mktemp("flags")
     rollout = composed("rollout.max_new_tokens=4", "rollout.slots=2").rollout
-    pool = GeneratorPool(rollout, str(flags), RoleConfig(2, 0.1, 0), 5.0, Frail)
+    pool = GeneratorPool(rollout, str(flags), RoleConfig(2, 0.1, 0), recovery(5.0), Frail)
     yield pool, flags
     pool.stop()
 
@@ -134,7 +138,7 @@ def test_items_within_the_limit_may_queue(frail, policy_folder):
 
 @pytest.fixture
 def brittle(cluster):
-    pool = GeneratorPool(composed().rollout, None, RoleConfig(2, 0.1, 0), 60.0, Brittle)
+    pool = GeneratorPool(composed().rollout, None, RoleConfig(2, 0.1, 0), recovery(60.0), Brittle)
     yield pool
     pool.stop()
 
@@ -150,18 +154,11 @@ def test_an_item_that_ends_its_generators_is_named(brittle):
     assert [s.item.id for s in brittle.sample(work("tea"))] == [0]  # it goes on
 
 
-def test_the_death_of_the_baseline_estimator_is_one_line(cluster):
-    baseline = Baseline()
-    baseline.stop()
-    with pytest.raises(ValueError, match=r"the baseline estimator's process ended \(ActorDied.*run the same"):
-        baseline.ask("freeze")
-
-
 def test_a_generator_that_never_comes_up_is_an_error(cluster, brittle):
     error = r"generator \d ended 3 times while it took the policy, the last time by Actor\w+Error"
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(Fault, match=error):
         brittle.load("kill")
-    pool = GeneratorPool(composed().rollout, None, RoleConfig(1, 0.1, 0), 5.0, Stillborn)
+    pool = GeneratorPool(composed().rollout, None, RoleConfig(1, 0.1, 0), recovery(5.0), Stillborn)
     with pytest.raises(ValueError, match=r"generator 0 cannot start: .*no such device"):
         pool.load("a policy")
     pool.stop()
@@ -173,13 +170,13 @@ def test_same_metrics_when_rollouts_or_rewards_are_lost(jobs, expected, monkeypa
     pool, learner = job.roles.rewards, job.roles.learner
     rewards, train, calls, batches = pool.rewards, learner.align, [], []
 
-    def reward(rollouts, utility, rules):
+    def reward(rollouts, *how):
         calls.append(rollouts)
         if len(calls) == 1:
-            return rewards(lost_object(), utility, rules)
+            return rewards(lost_object(), *how)
         if len(calls) == 4:
             return lost_object()
-        return rewards(rollouts, utility, rules)
+        return rewards(rollouts, *how)
 
     def learn(batch, coefficients):
         batches.append(batch)
@@ -198,13 +195,13 @@ def test_what_is_always_lost_is_an_error(jobs, monkeypatch):
     job.roles.generators.load(job.stages.of(Sft).policy_path)
     item = work("tea")
     with pytest.raises(
-        ValueError, match=r"work item 0 \(prompts 'tea'\): .* lost 3 times, the last time by OwnerDiedError"
+        Fault, match=r"work item 0 \(prompts 'tea'\): .* lost 3 times, the last time by OwnerDiedError"
     ):
         list(job.roles.generators.sample(item, lambda _: lost_object()))
 
 
 def test_no_rank_trains_when_one_misses_an_item(jobs, expected, monkeypatch):  # noqa: F811
-    """The collectives of the others would never end. Then a rank dies, while the other waits for it."""
+    """The collectives of the others would never end."""
     job = jobs.make("resources.learner.count=2")
     learner, batches = job.roles.learner, []
 
@@ -220,11 +217,3 @@ def test_no_rank_trains_when_one_misses_an_item(jobs, expected, monkeypatch):  #
     for found, known in zip(metrics, expected, strict=True):
         assert found.keys() == known.keys()
         np.testing.assert_allclose(list(found.values()), list(known.values()), rtol=1e-3, atol=1e-4)
-
-    def die(batch, coefficients):
-        os.kill(ray.get(learner.ranks[1].__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
-        return [rank.align.remote(batch, coefficients) for rank in learner.ranks]
-
-    monkeypatch.setattr(learner, "align", die)
-    with pytest.raises(ValueError, match=r"learner rank 1 of 2 ended \(Actor"):
-        run(jobs.make("resources.learner.count=2"), "align")

@@ -1,5 +1,6 @@
 """A stage that is interrupted and gone on with gives what it gives undisturbed, bit for bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,9 @@ import ray
 from safetensors.numpy import load_file
 
 from actors import signals
+from actors.failures import fault
 from actors.stages.align import Align
+from actors.stages.baseline import Baseline
 from rlhf.evaluate.curve import read_points
 from rlhf.flow.check import check
 from rlhf.flow.history import read
@@ -191,3 +194,61 @@ def test_the_policy_of_the_best_evaluated_step_is_kept(jobs, heard):
     metrics, weights = made(job, folder)
     assert len(metrics) == 6
     check_same((metrics[:chosen], weights), made(short, short.stages.of(Align).path))
+
+
+@pytest.mark.parametrize("tolerance", ["null", "0.3"])
+def test_a_baseline_that_is_ended_and_gone_on_with(jobs, heard, monkeypatch, tolerance):
+    """SIGTERM once some items, or rounds, are in; the statistics are those of an undisturbed run."""
+    options = (f"baseline={{samples: 4, tolerance: {tolerance}, max_samples: 16}}", "recovery.grace=60")
+    whole, parts = jobs.make(*options, bare=True), jobs.make(*options, bare=True)
+    run(whole, "baseline")
+    generators = parts.roles.generators
+    sample, rounds = generators.sample, []
+
+    def sample_and_end(items, use):
+        rounds.append(len(items))
+        for n, sampled in enumerate(sample(items, use), 1):
+            if (n == 3 and tolerance == "null") or len(rounds) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield sampled
+
+    monkeypatch.setattr(generators, "sample", sample_and_end)
+    with pytest.raises(signals.Ended):
+        run(parts, "baseline")
+    monkeypatch.setattr(
+        generators, "sample", lambda items, use: rounds.append(len(items)) or sample(items, use)
+    )
+    run(parts, "baseline")
+    found, expected = (
+        json.loads((job.stages.of(Baseline).statistics_path.parent / "summary.json").read_text())
+        for job in (parts, whole)
+    )
+    assert found == expected
+    if tolerance == "null":
+        assert 0 < rounds[1] < rounds[0]  # some were not sampled again
+    assert not (parts.stages.of(Baseline).statistics_path.parent / "checkpoints").exists()
+
+
+def test_the_baseline_estimator_may_die_or_be_lost_while_it_is_filled(jobs, undisturbed, monkeypatch):
+    """In alignment it loads its file again, in place; in its own stage that begins anew."""
+    job = jobs.make(f"align.steps={STEPS}")
+    baseline = job.roles.baseline
+    kill = baseline.actor.__ray_call__.remote
+    pid = ray.get(kill(lambda _: os.getpid()))
+    (output,) = job.stages.of(Align).outputs
+    work = job.stages.store.unfinished(output.kind, output.name)
+
+    def disturb():
+        while lines(work / "metrics.jsonl") < 2:
+            time.sleep(0.005)
+        os.kill(pid, signal.SIGKILL)
+
+    threading.Thread(target=disturb, daemon=True).start()
+    run(job, "align")
+    check_same(made(job, job.stages.of(Align).path), undisturbed("rloo"))
+    assert {line.attempt for line in read(job.stages.of(Align).path / "history.jsonl")} == {1}
+    assert ray.get(kill(lambda _: os.getpid())) != pid
+    ray.kill(baseline.actor, no_restart=False)
+    with pytest.raises(ray.exceptions.RayTaskError) as error:
+        baseline.ask("taken", "any")
+    assert "was started again" in (fault(error.value) or "")
