@@ -247,8 +247,11 @@ def test_the_baseline_estimator_may_die_or_be_lost_while_it_is_filled(jobs, undi
     run(job, "align")
     check_same(made(job, job.stages.of(Align).path), undisturbed("rloo"))
     assert {line.attempt for line in read(job.stages.of(Align).path / "history.jsonl")} == {1}
-    assert ray.get(kill(lambda _: os.getpid())) != pid
-    ray.kill(baseline.actor, no_restart=False)
+    again = ray.get(kill(lambda _: os.getpid()))
+    assert again != pid
+    os.kill(again, signal.SIGKILL)
+    while psutil.pid_exists(again):
+        time.sleep(0.05)
     with pytest.raises(ray.exceptions.RayTaskError) as error:
         baseline.ask("taken", "any")
     assert "was started again" in (fault(error.value) or "")
