@@ -16,6 +16,7 @@ import psutil
 import ray
 
 from actors.address import check_cluster, given_address
+from actors.leftovers import guard
 from actors.resources import check_offer
 from rlhf.config import Config
 from rlhf.models.source import TRUST
@@ -60,6 +61,8 @@ class Cluster:
                 raise
             where = "Ray does not start on this machine" if given is None else "=".join(given)
             raise ValueError(f"{where}: {error}") from error
+        if self.own:
+            guard(Path(ray._private.worker._global_node.get_session_dir_path()))
         offer = ray.cluster_resources()
         check_offer(config, {kind: offer.get(kind, 0.0) for kind in ("CPU", "GPU")})
         self.seconds = time.perf_counter() - started

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from actors.errors import told
+from actors.leftovers import keep
 from actors.session import Session
 from actors.signals import Ended, deaf, end_by_signals, leave
 from actors.sweep import Sweep
@@ -74,6 +75,7 @@ def _run(values: DictConfig) -> None:
         else:
             Sweep.current.job(config, folder, OmegaConf.to_yaml(values, resolve=True), run)
     except Exception as error:  # here, where Ray is still there to read it; Hydra would add words of its own
+        keep()
         sys.exit(told(error))
     except Ended:
         deaf()
