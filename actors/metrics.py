@@ -14,7 +14,8 @@ from rlhf.types import Rewards
 class StepMetrics:
     """Turns what the roles report of a step into flat metrics (`rlhf/evaluate/record.py` documents the keys)."""
 
-    def __init__(self, config: AlignConfig, algorithm: AlgorithmConfig) -> None:
+    def __init__(self, config: AlignConfig, algorithm: AlgorithmConfig, inspect: str = "") -> None:
+        """inspect: folder for a batch by which the run ends."""
         from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
         from ray.rllib.utils.schedules.scheduler import Scheduler
 
@@ -25,20 +26,25 @@ class StepMetrics:
         values = (config.kl_coef, config.learning_rate, critic)
         self._schedules = [Scheduler(_schedule(value)) for value in values]
         target = algorithm.kl_target
+        self._inspect, self._most = inspect, config.max_skipped
+        self._skipped = 0  # steps in a row that were left out
         self._control = None if target is None else AdaptiveKL(target, algorithm.kl_horizon)
 
     def state(self) -> dict[str, Any]:
         """What changes from step to step, as JSON can hold it."""
-        return {} if self._control is None else {"kl_factor": self._control.factor}
+        factor = {} if self._control is None else {"kl_factor": self._control.factor}
+        return {"skipped": self._skipped, **factor}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        self._skipped = state["skipped"]
         if self._control is not None:
             self._control.factor = state["kl_factor"]
 
     def coefficients(self, step: int) -> Coefficients:
         kl, learning_rate, critic = (float(schedule.update(step)) for schedule in self._schedules)
         factor = self._control.factor if self._control else 1.0
-        return Coefficients(kl * factor, learning_rate, critic, step)
+        strict = self._skipped >= self._most
+        return Coefficients(kl * factor, learning_rate, critic, step, strict, self._inspect)
 
     def step(
         self, learner: dict[str, float], summaries: Sequence[Summary], rewards: Sequence[Rewards | None]
@@ -53,7 +59,8 @@ class StepMetrics:
             "seconds/reward": sum(r.seconds for r in rewards if r is not None),
         }
         flat |= reward_metrics([r for r in rewards if r is not None])
-        if self._control is not None:
+        self._skipped = self._skipped + 1 if flat["skipped"] else 0
+        if self._control is not None and "kl" in flat:
             self._control.update(flat["kl"], responses)
         for key, value in flat.items():
             self._logger.log_value(key, value, window=1)
@@ -62,9 +69,8 @@ class StepMetrics:
 
 def _ratios(learner: dict[str, float]) -> dict[str, float]:
     """Means over tokens from the learner's sums."""
-    trained = learner["sum/trained_tokens"]
     flat = {
-        key: learner[f"sum/{key}"] / trained
+        key: learner[f"sum/{key}"] / learner["sum/trained_tokens"]
         for key in ("importance_weight", "importance_capped", "sampler_gap", "clipped", "entropy")
         if f"sum/{key}" in learner
     }

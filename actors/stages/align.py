@@ -215,7 +215,7 @@ class _Run:
 
         self.stage, self.job, self.folder, self.checkpoints = stage, job, folder, checkpoints
         self.progress, self.asked, self.config, self.roles = progress, asked, stage.config, job.roles
-        self.metrics = StepMetrics(self.config.align, self.config.algorithm)
+        self.metrics = StepMetrics(self.config.align, self.config.algorithm, str(job.run / "inspect"))
         self.policy = stage.stages.of(Sft).policy_path
         self.items_per_step = self.config.align.prompts_per_step // self.config.rollout.prompts_per_item
         self._versions = versions()
