@@ -10,10 +10,12 @@ KEEP = b"keep"
 _WATCH = r"""
 import os, shutil, signal, sys, time
 
-folder = sys.argv[1]
+folder, command = sys.argv[1], os.getppid()
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-said = sys.stdin.buffer.read()  # until the command has ended
+said = sys.stdin.buffer.read()  # until the command ends
+while os.getppid() == command:  # it is at its end, and says its status yet
+    time.sleep(0.05)
 
 def of_the_session(pid):
     try:

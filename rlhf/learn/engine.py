@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def deepspeed_settings(
     return {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": clip,
+        "gradient_clipping": clip or math.inf,  # at 0 DeepSpeed would tell no norm
         "optimizer": {"type": "AdamW", "params": optimizer},
         "zero_optimization": zero,
         "bf16": {"enabled": bfloat16},

@@ -141,3 +141,18 @@ def test_references_from_a_column_of_the_prompts(jobs, prompts_file, tmp_path):
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"given.jsonl:1: the column 'r' holds None"):
         jobs.make(f"data.prompts={given}", *options, bare=True)
+
+
+def test_steps_without_a_finite_gradient_are_left_out_until_they_are_too_many(jobs, tmp_path):
+    """Advantages that float32 holds, whose sum it does not."""
+    weight = "reward_models.helpful.weight=3e37"
+    job = jobs.make("utility=linear", weight, "align.max_skipped=1", "align.max_grad_norm=0")
+    with pytest.raises(
+        ValueError, match=r"step 2: the (loss|gradient) of response .*; the batch is in (\S+)"
+    ) as error:
+        run(job, "align")
+    path = str(error.value).rsplit("the batch is in ", 1)[1].split()[0]
+    with np.load(path, allow_pickle=False) as batch:
+        assert len(json.loads(str(batch["text"]))["responses"]) == len(batch["combined"]) == 12
+    (output,) = job.stages.of(Align).outputs
+    assert not job.stages.store.unfinished(output.kind, output.name).exists()

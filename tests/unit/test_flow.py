@@ -19,12 +19,12 @@ def test_random_schedules_train_each_item_once_within_the_bound(staleness, seed)
     held = {}  # what a generator's process really has; without it, it has no policy
     pulls, asked, first, trained = {}, {}, {}, []
     most = oldest = 0
-    while not ledger.done:
+    while ledger.version < ledger.batches:
         fleet.tick()
         assert oldest <= fleet.version <= ledger.version
         oldest = fleet.version
         ledger.pulled(oldest)
-        ledger.admit()
+        ledger.admit(ledger.batches)
         most = max(most, len(ledger._items))
         for item in ledger.waiting():
             worker = fleet.free(item, depth=2)
@@ -76,7 +76,7 @@ def test_random_schedules_train_each_item_once_within_the_bound(staleness, seed)
 @pytest.mark.parametrize("state", list(State)[1:])
 def test_an_item_is_sampled_again_wherever_it_was_lost(state):
     ledger = Ledger(batches=1, size=1, staleness=0)
-    ledger.admit()
+    ledger.admit(ledger.batches)
     moves = [ledger.sampling, ledger.scoring, ledger.ready, lambda item: ledger.training([item])]
     for move in moves[: list(State).index(state)]:
         move(0)
