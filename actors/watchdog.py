@@ -38,13 +38,17 @@ def watched(fault: Callable[[], str | None]) -> Iterator[None]:
     def hear(*_: object) -> None:
         if found and not over.is_set():
             over.set()
-            raise Fault(found[0])
+            raise KeyboardInterrupt  # the one exception that Ray's own waits let through
 
     before = signal.signal(SIGNAL, hear)
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
     thread.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        raise Fault(found[0]) from None
     finally:
         over.set()
         thread.join()
