@@ -5,6 +5,7 @@ The same processes train the SFT model, the reward models and the policy, one af
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ class Coefficients:
     learning_rate: float
     critic_learning_rate: float
     step: int  # from 0
+    strict: bool = True  # what is not finite is an error; else the step is left out
+    inspect: str = ""  # folder for the batch of that error; empty: it is not kept
 
 
 @dataclass(frozen=True)
@@ -185,15 +188,33 @@ class LearnerRank:
         if self._any(bool(missed.why)):
             return missed
         experiences = [Experience(a, b) for a, b in pairs]
-        metrics = self.aligner.step(
-            experiences,
-            coefficients.kl,
-            coefficients.learning_rate,
-            coefficients.critic_learning_rate,
-            self._recorder.span,
-            coefficients.step,
-        )
+        from rlhf.learn.trainer import NotFinite
+
+        try:
+            metrics = self.aligner.step(
+                experiences,
+                coefficients.kl,
+                coefficients.learning_rate,
+                coefficients.critic_learning_rate,
+                self._recorder.span,
+                coefficients.step,
+                coefficients.strict,
+            )
+        except NotFinite as error:
+            if not coefficients.inspect:
+                raise
+            raise ValueError(f"{error}; the batch is in {self._kept(experiences, coefficients)}") from error
         return metrics, self._recorder.take()
+
+    def _kept(self, experiences: list[Experience], coefficients: Coefficients) -> Path:
+        """Where the batch is to be looked at. Every rank takes part."""
+        from rlhf.learn.inspection import save_batch
+
+        path = Path(coefficients.inspect) / f"batch-{coefficients.step + 1}.npz"
+        if self.rank == 0:
+            save_batch(path, experiences)
+        self._any(False)  # no rank speaks of it before it is there
+        return path
 
     def _any(self, here: bool) -> bool:
         """Whether it is so on any rank."""
@@ -331,7 +352,9 @@ class LearnerGroup:
 
 
 def merged(parts: tuple[dict[str, float], ...] | list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a batch from those of its ranks: sums, but for the global gradient norms."""
+    """Metrics of a batch from those of its ranks: sums, but for the gradient norms and whether the step was left out,
+    which all ranks say alike. Those that are not finite are left out."""
     keys = {key for part in parts for key in part}
     out = {key: sum(part.get(key, 0.0) for part in parts) for key in sorted(keys)}
-    return out | {key: value for key, value in parts[0].items() if key.endswith("grad_norm")}
+    out |= {key: value for key, value in parts[0].items() if key.endswith("grad_norm") or key == "skipped"}
+    return {key: value for key, value in out.items() if math.isfinite(value)}

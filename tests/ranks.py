@@ -133,12 +133,7 @@ def experiences(lengths: list[list[int]]) -> list[Experience]:
     return made
 
 
-def aligned(
-    at: Ranks,
-    lengths: list[list[int]],
-    lora: str | None = None,
-    **algorithm: Any,
-) -> tuple[Steps, Trainer]:
+def aligner(at: Ranks, lora: str | None = None, noise: float = 0.0, **algorithm: Any) -> Aligner:
     """RLOO, or what `algorithm` changes of it; with the adapter off as its reference, if there is one."""
     values = {
         "advantage": "leave_one_out",
@@ -164,21 +159,36 @@ def aligned(
     else:
         reference = ReferencePolicy(PolicyModel(causal(), CHUNK))
     policy = PolicyModel(inner, CHUNK)
+    moved(policy, noise)
     lay, critic = policy.lay, None
     if settings.critic is not None:
         value = ValueModel(classifier())
+        moved(value, noise)
         tried = Classifier(value.inner)
         lay = lay.both(Layout(tried.packs, tried.reach))
         critic = at.trainer(value, 64)
-    trainer = at.trainer(policy, 64)
-    aligner = Aligner(trainer, reference, critic, settings, 800, lay)
+    return Aligner(at.trainer(policy, 64), reference, critic, settings, 800, lay)
+
+
+def moved(model: torch.nn.Module, by: float) -> None:
+    """Changes what is trained."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += by
+
+
+def aligned(
+    at: Ranks, lengths: list[list[int]], lora: str | None = None, **algorithm: Any
+) -> tuple[Steps, Trainer]:
+    learner = aligner(at, lora, **algorithm)
     batch = experiences(lengths)
-    steps = [aligner.step(batch, 0.1, 1e-3, 1e-3, number=n) for n in range(2)]
-    if critic is not None:
-        found = critic.weights()
+    steps = [learner.step(batch, 0.1, 1e-3, 1e-3, number=n) for n in range(2)]
+    if learner.critic is not None:
+        found = learner.critic.weights()
         norms = [] if found is None else [v.double().norm().item() for v in found.tensors().values()]
         steps[-1] |= {f"critic/{i}": norm for i, norm in enumerate(norms)}
-    return steps, trainer
+    return steps, learner.policy
 
 
 PPO: dict[str, Any] = {
@@ -210,7 +220,7 @@ RUNS: dict[str, Callable[[Ranks], tuple[Steps, Trainer]]] = {
 }
 
 
-class Weights(torch.nn.Module):
+class Factors(torch.nn.Module):
     """A model whose gradients are what it is called with."""
 
     def __init__(self, size: int) -> None:
@@ -224,33 +234,13 @@ class Weights(torch.nn.Module):
 def accumulated(at: Ranks) -> list[tuple[float, torch.Tensor]]:
     """The gradient norm and the weights after each of two steps at a learning rate of 1/8. The gradient of each of 16
     weights, over micro-batches and ranks, is 1 + 31 / 512, of which bfloat16 would keep the 1."""
-    trainer = at.trainer(Weights(16), 64, clip=1e6)
+    trainer = at.trainer(Factors(16), 64, clip=1e6)
     each = [1.0, *[2.0**-9] * 31][at.rank :: at.world]
     parts = [MicroBatch(lambda m, g=g: (m(torch.full((16,), g)).sum(), {}), 1) for g in each]
     return [
         (trainer.update(parts, 0.125, step)["grad_norm"], trainer._parameters()["values"].clone())
         for step in range(2)
     ]
-
-
-def refused(at: Ranks) -> list[tuple[str, torch.Tensor]]:
-    """The errors of a loss that is NaN on the last rank alone and of a gradient that is NaN, and the weights after."""
-    found = []
-
-    def no_loss(model: torch.nn.Module) -> Any:
-        last = at.rank == at.world - 1
-        return (model(torch.ones(16)) * (torch.nan if last else 1.0)).sum(), {}
-
-    def no_gradient(model: torch.nn.Module) -> Any:
-        return (model(torch.ones(16)) ** 2).sum().sqrt(), {}  # of 0, where it has none
-
-    for loss in (no_loss, no_gradient):
-        trainer = at.trainer(Weights(16), 64)
-        try:
-            trainer.update([MicroBatch(loss, 1, (f"row {at.rank}",))], 0.125, 6)
-        except ValueError as error:
-            found.append((str(error), trainer._parameters()["values"].clone()))
-    return found
 
 
 def free_port() -> int:

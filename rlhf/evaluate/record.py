@@ -20,10 +20,11 @@ class RunRecord:
     """All that `rlhf.evaluate.report` shows.
 
     `metrics` has one flat dict for each alignment step, with these keys (NAME is a reward model; a key that
-    is missing is not drawn): step; kl, nats a response; kl_coef; loss; grad_norm; learning_rate;
-    reward/NAME/mean and reward/NAME/std, raw, nats; r_ref/NAME, nats; utility/NAME and utility/combined,
+    is missing is not drawn, and what is not finite is left out): step; kl, nats a response; kl_coef; loss; grad_norm;
+    learning_rate; reward/NAME/mean and reward/NAME/std, raw, nats; r_ref/NAME, nats; utility/NAME and utility/combined,
     nats; p_good/NAME, probability; slope/NAME, d combined utility / d raw reward; response_tokens;
-    finished, share; staleness, versions; seconds, wall time of the step; seconds/generate, seconds/reward,
+    finished, share; skipped, 1 where the optimiser's step was left out because a loss or the gradient was not finite;
+    staleness, versions; seconds, wall time of the step; seconds/generate, seconds/reward,
     seconds/learn, seconds/publish, summed over processes.
 
     `baseline` has for each reward model a few example prompts: "prompts", k contents; "samples" [k, m],

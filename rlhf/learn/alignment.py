@@ -18,7 +18,7 @@ from rlhf.learn.kl import ESTIMATORS
 from rlhf.learn.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf.learn.objectives import Metrics, MicroBatch, balanced
 from rlhf.learn.policy_loss import Tokens, policy_loss, shares
-from rlhf.learn.trainer import Trainer
+from rlhf.learn.trainer import NotFinite, Trainer
 from rlhf.types import Experience
 
 
@@ -73,23 +73,34 @@ class Aligner:
         critic_learning_rate: float,
         span: Callable[[str], AbstractContextManager] = nullcontext,
         number: int = 0,
+        strict: bool = True,
     ) -> Metrics:
         """Trains on a batch, `epochs` times, each time in `minibatches` optimiser steps; `span` is told when it
         prepares and when it trains. `number` is the batch's, for errors.
 
         Metrics are this rank's part of sums over ranks, but for grad_norm: losses are means over the steps, and
-        `kl` is the mean over the batch's responses, nats; without a reference there is none.
+        `kl` is the mean over the batch's responses, nats; without a reference there is none. `skipped` is 1 if a loss
+        or a gradient was not finite, else 0: that step of policy or critic, and the rest of the batch, were left out.
+
+        Raises:
+            NotFinite: instead of leaving out, if `strict`.
         """
         merged = Merged.of(experiences)
         every = balanced(merged.group_tokens, self.policy.world)
         with span("prepare"):
             prepared, metrics = self._prepare(merged, every[self.policy.rank], kl_coef)
         rates = (learning_rate, critic_learning_rate)
-        steps = 0
+        steps, metrics["skipped"] = 0, 0.0
         for part in self._parts(every, experiences[0].rewards.item):
+            try:
+                with span("train"):
+                    found = self._update(prepared, part, kl_coef, rates, number)
+            except NotFinite:
+                if strict:
+                    raise
+                metrics["skipped"] = 1.0
+                break
             steps += 1
-            with span("train"):
-                found = self._update(prepared, part, kl_coef, rates, number)
             for key, value in found.items():
                 metrics[key] = metrics.get(key, 0.0) + value
         means = [k for k in metrics if k in ("loss", "grad_norm") or k.startswith("critic/")]

@@ -119,52 +119,50 @@ class Trainer:
         is the whole gradient's, before clipping.
 
         Raises:
-            ValueError: a loss or the gradient is not finite; on every rank, before the parameters change.
+            NotFinite: a loss or the gradient is; on every rank. Weights, moments and step count are what they were,
+                nothing of the gradient is left, and training may go on.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         metrics: Metrics = {}
-        wrong = []
+        losses = []
         for part in self._even(parts, MicroBatch(_nothing, 0)):
             loss, sums = part.loss(self.engine)
             if not torch.isfinite(loss):
-                wrong.append(f"the loss of {_listed(part.rows)} is {loss.item()}")
+                losses.append(f"the loss of {_listed(part.rows)} is {loss.item()}")
+                loss = loss * torch.nan  # so that no rank finds a finite gradient
             self.engine.backward(loss * self.world)
             self.beats += 1
             for key, value in sums.items():
                 metrics[key] = metrics.get(key, 0.0) + value
-        self._refuse(wrong, learning_rate, step)
         norm = self._stepped()
         if not math.isfinite(norm):
             rows = [row for part in parts for row in part.rows]
-            wrong = [f"the gradient of {_listed(rows)} is not finite"] if rows else []
-            self._refuse(wrong, learning_rate, step)
+            raise NotFinite(
+                f"step {step + 1}: {self._first(losses, rows)}: the model's weights may hold NaN, or they grew without "
+                f"bound: look at them, or lower the learning rate ({learning_rate})"
+            )
+        assert not losses
         metrics["grad_norm"] = norm
         return metrics
 
     def _stepped(self) -> float:
         """The whole gradient's norm, after a step with it; without one, if the norm is not finite."""
-        try:
-            self.engine.step()
-        except _NoStep:
-            return math.nan
+        self.engine.step()
         norm = self._norm if self._norm is not None else self.engine.get_global_grad_norm()
         assert norm is not None
         return float(norm)
 
-    def _refuse(self, wrong: list[str], learning_rate: float, step: int) -> None:
-        """Raises an error if anything is wrong on any rank: the same on all, as none may wait for another."""
-        if self.over_ranks(torch.tensor([len(wrong)])).item() == 0:
-            return
-        every = [wrong]
+    def _first(self, losses: list[str], rows: list[str]) -> str:
+        """What is not finite, of all ranks: the same on each."""
+        own = [(0, loss) for loss in losses]
+        if rows:
+            own.append((1, f"the gradient of {_listed(rows)} is not finite"))
+        every = [own]
         if self.world > 1:
             every = [[] for _ in range(self.world)]
-            torch.distributed.all_gather_object(every, wrong)
-        first = next(found[0] for found in every if found)
-        raise ValueError(
-            f"step {step + 1}: {first}: the model's weights may hold NaN, or they grew without bound: look at them, or "
-            f"lower the learning rate ({learning_rate})"
-        )
+            torch.distributed.all_gather_object(every, own)
+        return min((what for found in every for what in found), key=lambda what: what[0])[1]
 
     @torch.no_grad()
     def passes(self, batches: list[TokenBatch], call: Pass) -> list[torch.Tensor]:
@@ -197,7 +195,8 @@ class Trainer:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts)))
         self._norm = float(norm)
         if not math.isfinite(self._norm):
-            raise _NoStep
+            self.engine.zero_grad()  # to none: Adam leaves out what has no gradient
+            return
         torch.nn.utils.clip_grads_with_norm_(parameters, self.engine.gradient_clipping(), norm)
 
     def _even(self, parts: list[Part], empty: Part) -> list[Part]:
@@ -254,8 +253,8 @@ class Trainer:
                 self.model.save_pretrained(path / "adapter", state_dict=adapter)
 
 
-class _NoStep(Exception):
-    """The gradient is not finite, so no step was taken."""
+class NotFinite(ValueError):
+    """A loss or a gradient is not finite, so no step was taken."""
 
 
 def _nothing(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:

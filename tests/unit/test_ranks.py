@@ -1,8 +1,12 @@
 """Two ranks with different work, under every ZeRO stage, against one rank; and what bfloat16 adds up.
 
-Three processes, two ranks and one alone, make all runs; each of the tests looks at some.
+Three processes, two ranks and one alone, make all runs; each of the tests looks at some. And what becomes of the state
+of a trainer: saved and loaded, by as many ranks or others, and where a step is left out.
 """
 
+import math
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +14,9 @@ import pytest
 import torch
 
 from actors.learner import merged
-from tests.ranks import RUNS, Ranks, accumulated, refused, together
+from tests import states
+from tests.ranks import RUNS, Ranks, accumulated, together
+from tests.states import ACROSS, CASES
 
 STAGES = dict.fromkeys(RUNS, (3,)) | dict.fromkeys(
     ("pairs", "rloo", "ppo", "lora", "sft, 50 000 words"), (2, 3)
@@ -20,12 +26,10 @@ SMALL = [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in range(
 SECONDS = 240  # a hang is a failure
 
 
-def everything(rank: int, world: int) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
+def everything(root: Path, rank: int, world: int) -> dict[Any, Any]:
+    found: dict[Any, Any] = dict(states.everything(rank, world, root))
     for stage, dtype in SMALL:
-        at = Ranks(rank, world, stage, dtype)
-        found["accumulated", stage, dtype] = accumulated(at)
-        found["refused", stage, dtype] = refused(at)
+        found["accumulated", stage, dtype] = accumulated(Ranks(rank, world, stage, dtype))
     for name, run in RUNS.items():
         for stage in STAGES[name] if world > 1 else (0,):
             steps, trainer = run(Ranks(rank, world, stage))
@@ -36,9 +40,9 @@ def everything(rank: int, world: int) -> dict[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[int, list[dict[Any, Any]]]:
+def found(tmp_path_factory) -> dict[int, list[dict[Any, Any]]]:
     """What each run gave, by the number of ranks and the rank."""
-    return together(everything, (1, 2), SECONDS)
+    return together(partial(everything, tmp_path_factory.mktemp("states")), (1, 2), SECONDS)
 
 
 @pytest.mark.parametrize(("name", "stage"), [(name, stage) for name in RUNS for stage in STAGES[name]])
@@ -72,8 +76,54 @@ def test_what_is_not_finite_is_an_error_on_all_ranks_and_no_step(found, world, s
     """It names the step, the rows and the learning rate; of a loss on one rank alone, too."""
     ranks = [found[world][rank]["refused", stage, dtype] for rank in range(world)]
     assert len(ranks[0]) == 2
-    for (loss, _), (gradient, _) in ranks:
+    for (loss, *of_loss), (gradient, *of_gradient) in ranks:
         assert loss.startswith(f"step 7: the loss of row {world - 1} is nan")
-        assert gradient.startswith("step 7: the gradient of row 0 is not finite")
+        assert gradient.startswith("step 7: the gradient of row 0, row 0 is not finite")
         assert loss.endswith("lower the learning rate (0.125)")
-    assert all(weights.eq(0).all() for errors in ranks for _, weights in errors)
+        assert (
+            of_loss == of_gradient == [True, True]
+        )  # nothing has changed, and training goes on as if it had not been
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("stage", "dtype"), states.SOME)
+def test_a_batch_that_gives_no_finite_gradient_leaves_no_trace(found, world, stage, dtype):
+    """Neither in the policy nor in the critic, on any rank; its metrics say so, and are finite."""
+    ranks = [found[world][rank]["skipped", stage, dtype] for rank in range(world)]
+    steps = [merged(parts) for parts in zip(*(steps for steps, _, _ in ranks), strict=True)]
+    assert [step["skipped"] for step in steps] == [0.0, 1.0, 0.0]
+    assert all(math.isfinite(value) for step in steps for value in step.values())
+    assert steps[1]["kl"] > 0
+    assert all(alike for _, alike, _ in ranks)
+    assert len({error for _, _, error in ranks}) == 1
+    assert "step 4: the loss of " in ranks[0][2]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("name", "stage", "dtype"), CASES)
+def test_training_from_a_saved_state_goes_on_bit_for_bit(found, world, name, stage, dtype):
+    """Steps, weights, moments and counts; the state is that of the moment it was taken, in memory that serves again."""
+    for rank in range(world):
+        run = found[world][rank]["resumed", name, stage, dtype]
+        assert run["same memory"]
+        for start in (0, 1) if name == "sft" else (1,):
+            assert run[f"steps from {start}"] == run["steps"][start:]
+            assert run[f"end from {start}"]
+
+
+@pytest.mark.parametrize(("name", "source", "target", "dtype"), ACROSS)
+def test_other_ranks_and_stages_take_over_a_state(found, name, source, target, dtype):
+    truth = found[source[0]][0]["resumed", name, source[1], dtype]
+    ranks = [found[target[0]][rank]["across", name, source, target, dtype] for rank in range(target[0])]
+    loaded, _, end = ranks[0]
+    assert states.same(loaded, truth["middle"])
+    close = {"atol": 1e-6, "rtol": 1e-6} if dtype == "float32" else {"atol": 1e-3, "rtol": 1e-2}
+    for key, value in truth["end"].items():
+        torch.testing.assert_close(end[key], value, **close, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_state_of_another_model_names_the_parameter(found, world):
+    for rank in range(world):
+        error = found[world][rank]["another model"]
+        assert "the state of another model: of lm_head.weight it has None" in error, error
