@@ -42,8 +42,8 @@ class Coefficients:
     learning_rate: float
     critic_learning_rate: float
     step: int  # from 0
-    strict: bool = True  # what is not finite is an error; else the step is left out
-    inspect: str = ""  # folder for the batch of that error; empty: it is not kept
+    strict: bool  # what is not finite is an error; else the step is left out
+    inspect: str  # folder for the batch of that error; empty: it is not kept
 
 
 @dataclass(frozen=True)

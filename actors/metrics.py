@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ class StepMetrics:
         self._skipped = self._skipped + 1 if flat["skipped"] else 0
         if self._control is not None and "kl" in flat:
             self._control.update(flat["kl"], responses)
+        flat = {key: value for key, value in flat.items() if math.isfinite(value)}
         for key, value in flat.items():
             self._logger.log_value(key, value, window=1)
         return {key: float(self._logger.peek(key)) for key in sorted(flat)}
@@ -74,8 +76,9 @@ def _ratios(learner: dict[str, float]) -> dict[str, float]:
         for key in ("importance_weight", "importance_capped", "sampler_gap", "clipped", "entropy")
         if f"sum/{key}" in learner
     }
-    flat["surprise"] = learner["sum/surprise"] / learner["sum/tokens"]
-    if "sum/returns" in learner:
+    if "sum/surprise" in learner:
+        flat["surprise"] = learner["sum/surprise"] / learner["sum/tokens"]
+    if {"sum/returns", "sum/returns_squared", "sum/residuals_squared"} <= learner.keys():
         tokens = learner["sum/tokens"]
         variance = learner["sum/returns_squared"] / tokens - (learner["sum/returns"] / tokens) ** 2
         residual = learner["sum/residuals_squared"] / tokens

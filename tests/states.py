@@ -69,19 +69,18 @@ MAKE: dict[str, Callable[[Ranks, float], tuple[Trainers, Step]]] = {
     "lora": lambda at, noise: alignment(at, noise, lora=TARGETS),
 }
 DTYPES = ("float32", "bfloat16")
+SOME = [(0, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "float32")]
 CASES = [
     ("sft, 50 000 words", 3, "float32"),
-    *((name, stage, dtype) for name in ("sft", "ppo") for stage in range(4) for dtype in DTYPES),
-    *(
-        (name, stage, dtype)
-        for name in ("rloo", "lora")
-        for stage, dtype in zip(range(4), DTYPES * 2, strict=True)
-    ),
+    *(("sft", stage, dtype) for stage in range(4) for dtype in DTYPES),
+    *(("ppo", stage, dtype) for stage, dtype in SOME),
+    *(("lora", stage, dtype) for stage, dtype in SOME),
+    ("rloo", 2, "float32"),
+    ("rloo", 3, "bfloat16"),
 ]
 ACROSS = [
     *((name, (2, 3), (1, 0), "float32") for name in ("sft", "ppo")),
     *((name, (1, 0), (2, 2), "float32") for name in ("sft", "ppo")),
-    ("ppo", (1, 2), (2, 3), "float32"),
     ("sft", (2, 1), (1, 3), "float32"),
     ("sft", (2, 2), (2, 0), "float32"),
     ("sft", (2, 3), (1, 1), "bfloat16"),
@@ -124,30 +123,29 @@ def _barrier(at: Ranks) -> None:
 
 
 def resumed(at: Ranks, root: Path, name: str) -> dict[str, Any]:
-    """Four steps; the state before them and after two is written, the latter while the third goes on; then the same
-    from each state, in trainers that began elsewhere."""
+    """Two steps; the state before each is written while the step goes on; then the same from a state, in trainers that
+    began elsewhere."""
     trainers, step = MAKE[name](at, 0.0)
     snapshot, steps, middle = Snapshot(), [], {}
-    for n in range(4):
-        if n in (0, 2):
-            snapshot.take(trainers)
-            if n == 0:
-                memory = {key: copy.data_ptr() for key, copy in snapshot._copies.items()}
-            folder = _folder(root, name, at.world, at.stage, at.dtype, n)
-            folder.mkdir(exist_ok=True)
-            writing = threading.Thread(target=snapshot.write, args=(folder / _name(at),))
-            writing.start()
-            middle = whole(trainers)
+    for n in range(2):
+        snapshot.take(trainers)
+        if n == 0:
+            memory = {key: copy.data_ptr() for key, copy in snapshot._copies.items()}
+        folder = _folder(root, name, at.world, at.stage, at.dtype, n)
+        folder.mkdir(exist_ok=True)
+        writing = threading.Thread(target=snapshot.write, args=(folder / _name(at),))
+        writing.start()
+        middle = whole(trainers)
         steps.append(step(n))
         writing.join()
     again = all(snapshot._copies[key].data_ptr() == place for key, place in memory.items())
     end, state = whole(trainers), copies(trainers)
     _barrier(at)
     found = {"same memory": again, "middle": middle, "steps": steps, "end": end}
-    for n in (0, 2) if name == "sft" else (2,):
+    for n in (0, 1) if name == "sft" else (1,):
         trainers, step = MAKE[name](at, 0.5)
         restore(_folder(root, name, at.world, at.stage, at.dtype, n), trainers)
-        found[f"steps from {n}"] = [step(k) for k in range(n, 4)]
+        found[f"steps from {n}"] = [step(k) for k in range(n, 2)]
         found[f"end from {n}"] = same(whole(trainers), end) and same(copies(trainers), state)
     (root / f"{name}, {at.world}, {at.stage}, {at.dtype}, {at.rank}").touch()
     return found
@@ -160,9 +158,9 @@ def across(at: Ranks, root: Path, name: str, world: int, stage: int) -> tuple[An
         assert time.monotonic() < end, (name, world, stage)
         time.sleep(0.05)
     trainers, step = MAKE[name](at, 0.5)
-    restore(_folder(root, name, world, stage, at.dtype, 2), trainers)
+    restore(_folder(root, name, world, stage, at.dtype, 1), trainers)
     loaded = whole(trainers)
-    return loaded, [step(n) for n in (2, 3)], whole(trainers)
+    return loaded, [step(1)], whole(trainers)
 
 
 def everything(rank: int, world: int, root: Path) -> Iterator[tuple[Any, Any]]:
@@ -175,7 +173,8 @@ def everything(rank: int, world: int, root: Path) -> Iterator[tuple[Any, Any]]:
     for stage, dtype in itertools.product(range(4), DTYPES):
         at = Ranks(rank, world, stage, dtype)
         yield ("refused", stage, dtype), refused(at)
-        yield ("skipped", stage, dtype), skipped(at)
+        if (stage, dtype) in SOME:
+            yield ("skipped", stage, dtype), skipped(at)
     yield "another model", another(Ranks(rank, world, 0), root)
 
 
@@ -183,7 +182,7 @@ def another(at: Ranks, root: Path) -> str:
     """The error of a state of another model."""
     trainers, _ = MAKE["sft"](at, 0.0)
     try:
-        restore(_folder(root, "sft, 50 000 words", at.world, 3, "float32", 2), trainers)
+        restore(_folder(root, "sft, 50 000 words", at.world, 3, "float32", 1), trainers)
     except ValueError as error:
         return str(error)
     return ""

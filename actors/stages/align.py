@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -261,7 +262,7 @@ class _Run:
             step = int(found["step"])
             writer.write(step, found)
             self.job.progressed()
-            text = f"utility {found['utility/combined']:.3f}  "
+            text = f"utility {found.get('utility/combined', math.nan):.3f}  "
             text += f"KL {found['kl']:.2f} nats  " if "kl" in found else ""
             self.progress.update(step, text + f"{found['response_tokens']:.0f} tokens")
 

@@ -7,6 +7,7 @@ ranks, and under another ZeRO stage. There is no pickle in it (DeepSpeed's own f
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -16,12 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from rlhf.learn.trainer import Trainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
+TYPES = {torch.float32: "F32", torch.int64: "I64"}
+"""As safetensors calls them: Adam's step is a whole number where its kernel is fused."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,20 @@ class Snapshot:
         return copy.copy_(part)
 
     def write(self, path: Path) -> None:
-        save_file(self._copies, path, {"shapes": json.dumps(self._shapes)})
-        with open(path, "rb") as file:
+        """A safetensors file. That package's own writer keeps the thread that trains from running meanwhile."""
+        ordered = sorted(self._copies.items(), key=lambda item: -item[1].element_size())  # all aligned
+        ends = itertools.accumulate(copy.nbytes for _, copy in ordered)
+        header: dict[str, Any] = {"__metadata__": {"shapes": json.dumps(self._shapes)}}
+        for (key, copy), end in zip(ordered, ends, strict=True):
+            places = [end - copy.nbytes, end]
+            header[key] = {"dtype": TYPES[copy.dtype], "shape": list(copy.shape), "data_offsets": places}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, copy in ordered:
+                file.write(copy.numpy().data)
+            file.flush()
             os.fsync(file.fileno())
 
 

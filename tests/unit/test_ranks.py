@@ -86,7 +86,7 @@ def test_what_is_not_finite_is_an_error_on_all_ranks_and_no_step(found, world, s
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("stage", "dtype"), SMALL)
+@pytest.mark.parametrize(("stage", "dtype"), states.SOME)
 def test_a_batch_that_gives_no_finite_gradient_leaves_no_trace(found, world, stage, dtype):
     """Neither in the policy nor in the critic, on any rank; its metrics say so, and are finite."""
     ranks = [found[world][rank]["skipped", stage, dtype] for rank in range(world)]
@@ -106,7 +106,7 @@ def test_training_from_a_saved_state_goes_on_bit_for_bit(found, world, name, sta
     for rank in range(world):
         run = found[world][rank]["resumed", name, stage, dtype]
         assert run["same memory"]
-        for start in (0, 2) if name == "sft" else (2,):
+        for start in (0, 1) if name == "sft" else (1,):
             assert run[f"steps from {start}"] == run["steps"][start:]
             assert run[f"end from {start}"]
 
