@@ -10,6 +10,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from tests.fuzz.configurations import configurations
 from tests.fuzz.rows import rows
 from tests.fuzz.trial import closing, count
@@ -22,6 +24,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
+    constants.HF_HUB_OFFLINE = True  # or it asks for names that are none again and again
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # paths of the generated values are relative

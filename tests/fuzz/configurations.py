@@ -120,7 +120,7 @@ def _change(draw: random.Random, keys: list[str]) -> tuple[str, tuple[str, ...]]
     value = draw.choice(VALUES)
     words = value if isinstance(value, list) else [value]  # a file that is not there is named itself
     told = tuple(shown(" ".join(f"{word}: no ".split())) for word in words if isinstance(word, str))
-    told += tuple(word for word in words if isinstance(word, str) and word.startswith("${"))
+    told += tuple(w for w in words if isinstance(w, str) and (w.startswith("${") or len(w) > 255))
     return f"{key}={_written(value)}", (key, *_parts(key), *told)
 
 
