@@ -81,6 +81,3 @@ class Queue:
 
     def give_back(self, lease: int, lost: Sequence[int]) -> None:
         self.actor.give_back.remote(lease, lost)
-
-    def stop(self) -> None:
-        ray.kill(self.actor)

@@ -65,16 +65,16 @@ def test_same_metrics_when_a_generator_is_killed(jobs, expected, monkeypatch):
 
 def test_same_metrics_when_the_queue_is_restarted(jobs, expected, monkeypatch):
     """A restarted queue is empty; the controller puts the items again."""
-    import actors.queue as queue
+    from actors import queue
 
     started = []
 
-    def start():
-        started.append(queue_start())
-        return started[0]
+    class Known(queue.Queue):
+        def __init__(self, recovery):
+            super().__init__(recovery)
+            started.append(self.actor)
 
-    queue_start = queue.start_queue
-    monkeypatch.setattr(queue, "start_queue", start)
+    monkeypatch.setattr(queue, "Queue", Known)
     job = jobs.make()
     killer = threading.Thread(
         target=lambda: (wait_for(started), time.sleep(0.5), ray.kill(started[0], no_restart=False))
