@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
+FILE = "history.jsonl"
+
 
 @dataclass(frozen=True)
 class Began:
