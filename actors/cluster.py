@@ -22,6 +22,7 @@ from rlhf.config import Config
 from rlhf.models.source import TRUST
 
 NEEDED = ("gcs_server", "raylet")  # processes of Ray without which nothing goes on
+STOPPED = 8.0  # seconds after which a stopped process is not waited for
 ENDS = 10.0  # seconds, at most, for killed processes to be gone
 IN_WORDS = (Exception, RuntimeError, ConnectionError)  # what `ray.init` raises when it says what is wrong
 SOCKET = 107  # bytes of a socket's path, at most
@@ -39,6 +40,7 @@ class Cluster:
         started = time.perf_counter()
         given = given_address(config.resources)
         self.own = given is None
+        self._stopped: dict[str, float] = {}  # since when processes are seen to be stopped
         logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {}
         if given is None:
@@ -73,21 +75,24 @@ class Cluster:
         return f"{offer.get('CPU', 0):g} CPUs, {offer.get('GPU', 0):g} GPUs {where}"
 
     def fault(self) -> str | None:
-        """Which process of a Ray of this run's own has ended, or is stopped; None: none. Asks the system, as calls of
-        `ray` wait for a dead head for a minute and then end the process that made them."""
+        """Which process of a Ray of this run's own has ended, or is stopped for good; None: none. Asks the system, as
+        calls of `ray` wait for a dead head for a minute and then end the process that made them."""
         if not self.own:
             return None
+        now = time.monotonic()
         for name, process in _processes():
             if process.poll() is not None:
                 return f"Ray's {name} ended with status {process.returncode}"
-            if name in NEEDED and psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+            if psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+                self._stopped.pop(name, None)
+            elif now - self._stopped.setdefault(name, now) > STOPPED:
                 return f"Ray's {name} is stopped"
         return None
 
     def stop(self, by_force: bool = False) -> None:
         """Disconnects; a Ray that this run started ends with all its processes: by force, or if one of them has ended
         or is stopped, whatever state they are in."""
-        if self.own and (by_force or self.fault() is not None):
+        if self.own and (by_force or self._stopped or self.fault() is not None):
             _end_processes()
         ray.shutdown()
 
