@@ -23,16 +23,18 @@ SMALL = (
 
 @pytest.mark.e2e
 @pytest.mark.timeout(300, method="signal")
-def test_a_generator_and_a_rank_are_killed_and_the_job_comes_through(tmp_path, capsys):
-    write_schedule(
-        tmp_path / "faults.jsonl", [Fault("kill-generator", 2, 0.0, 0), Fault("kill-learner", 1, 0.0, 0)]
-    )
+def test_a_generator_and_a_rank_are_killed_and_the_command_is_ended_and_the_job_comes_through(
+    tmp_path, capsys
+):
+    kinds = ("kill-generator", "kill-learner", "term-driver")
+    write_schedule(tmp_path / "faults.jsonl", [Fault(kind, 1, 0.0, 0) for kind in kinds])
     options = ["--seeds", "1", "--alone", "--folder", str(tmp_path / "chaos")]
     status = main([*options, "--schedule", str(tmp_path / "faults.jsonl"), *SMALL])
     said = capsys.readouterr().out
     assert status == 0, said
     assert re.search(r"fault  1  kill-generator .* s  in place", said)
     assert re.search(r"fault  2  kill-learner .* s  from a checkpoint", said)
+    assert re.search(r"fault  3  term-driver .* s  command run again", said)
     assert said.endswith("1 passed, 0 failed\n")
 
 
