@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class Watch:
             places
         )  # process and node of each rank, once they are known
         self._pulses = [Pulse(timeout) for _ in ranks]
+        self._next = 0.0  # when to look again
         self._questions: list[ray.ObjectRef | None] = [None] * len(ranks)
 
     def begin(self) -> None:
@@ -45,7 +47,11 @@ class Watch:
             pulse.begin()
 
     def look(self, calls: Sequence[ray.ObjectRef]) -> None:
-        """calls: of all ranks, in their order; one that has answered has nothing to do."""
+        """Once a second at most. calls: of all ranks, in their order; one that has answered has nothing to do."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + LOOK
         done = set(ray.wait(list(calls), num_returns=len(calls), timeout=0)[0])
         for rank, pulse in enumerate(self._pulses):
             if calls[rank] in done:
