@@ -13,6 +13,7 @@ from actors.generator_pool import GeneratorPool
 from actors.learner import LearnerGroup
 from actors.reward_pool import RewardPool
 from actors.session import Session
+from actors.signals import hear_again
 from actors.stages.reward_models import RewardModels
 from actors.stages.stage import Stages
 from rlhf.config import RewardModelConfig
@@ -30,6 +31,7 @@ class Roles:
     def _role(self, name: str, parts: object, make: Callable[[], Any]) -> Any:
         self.session.start(self.config)
         cluster = self.session.cluster
+        hear_again()
         if not self._told:
             self._told = True
             self._say(f"ray: {cluster.describe()}, started in {cluster.seconds:.1f} s")

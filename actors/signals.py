@@ -32,6 +32,7 @@ class _Orderly:
 
 
 _orderly: _Orderly | None = None
+_ours: list[signal.Signals] = []  # that are heard
 
 
 def end_by_signals() -> None:
@@ -40,10 +41,17 @@ def end_by_signals() -> None:
     heard, told = os.pipe()
     os.set_blocking(told, False)
     ours = [n for n in (signal.SIGTERM, signal.SIGINT) if _wanted(n)]
-    for number in ours:
-        signal.signal(number, _raise)
+    _ours.extend(ours)
+    hear_again()
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(heard, ours), name="signals", daemon=True).start()
+
+
+def hear_again() -> None:
+    """After a start of Ray, of which the second and later ones take signals for themselves."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _ours:
+            signal.signal(number, _raise)
 
 
 @contextmanager
@@ -79,6 +87,7 @@ def leave(number: int) -> None:
 
 def deaf() -> None:
     """No signal is heard any more: what was started is being ended."""
+    _ours.clear()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
