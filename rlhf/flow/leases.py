@@ -49,12 +49,16 @@ class LeaseQueue(Generic[T]):
         return True
 
     def missing(self, items: Sequence[int]) -> list[int]:
-        """Those of `items` that are not ready."""
-        return [i for i in items if i not in self._ready]
+        """Those of `items` that are neither ready nor leased."""
+        leased = {i for lease in self._leases.values() for i in lease.items}
+        return [i for i in items if i not in self._ready and i not in leased]
 
     def lease(self, items: Sequence[int]) -> Lease[T]:
-        """Hands out ready items; `missing` tells which are not."""
+        """Hands out items; `missing` tells which are not there. Those that are leased already were asked for in a call
+        whose answer was lost: this lease takes their place."""
         assert not self.missing(items), self.missing(items)
+        for other in [lease for lease in self._leases.values() if not set(items).isdisjoint(lease.items)]:
+            self.give_back(other.id)
         lease = Lease(self._next, tuple(items), tuple(self._ready.pop(i) for i in items))
         self._leases[lease.id] = lease
         self._next += 1

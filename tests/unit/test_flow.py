@@ -202,7 +202,7 @@ def test_a_lease_holds_back_its_items_until_it_ends():
     assert queue.missing([0, 1, 3]) == [3]
     lease = queue.lease([0, 1])
     assert lease.payloads == ("0", "1")
-    assert queue.missing([0, 1, 2]) == [0, 1]
+    assert queue.missing([0, 1, 2]) == []
     queue.give_back(lease.id)
     again = queue.lease([1, 0])
     assert again.payloads == ("1", "0")
@@ -222,3 +222,18 @@ def test_a_lost_item_may_come_again():
     assert queue.missing([0, 1, 2]) == [1]
     assert [queue.put(i, "second") for i in range(3)] == [False, True, False]
     assert queue.lease([0, 1, 2]).payloads == ("first", "second", "first")
+
+
+def test_a_lease_whose_answer_was_lost_is_taken_over():
+    """As of a call that the queue's process answered when nobody waited for it any more."""
+    queue = LeaseQueue()
+    for item in range(3):
+        queue.put(item, str(item))
+    lost = queue.lease([0, 1])
+    again = queue.lease([1, 2])
+    assert again.payloads == ("1", "2")
+    assert queue.lease([0]).payloads == ("0",)
+    with pytest.raises(KeyError):
+        queue.acknowledge(lost.id)
+    queue.acknowledge(again.id)
+    assert queue.missing([0, 1, 2]) == [1, 2]
