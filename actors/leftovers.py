@@ -56,6 +56,11 @@ def guard(folder: Path) -> None:
     )
 
 
+def guards() -> set[int]:
+    """The process ids of guards."""
+    return {one.pid for one in _guards}
+
+
 def keep() -> None:
     """The folders stay: the command ends by an error, which their logs may explain."""
     for one in _guards:

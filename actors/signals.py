@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from actors.leftovers import guards
+
 PATIENCE = 5.0  # seconds for the main thread to end by itself
 
 
@@ -132,11 +134,14 @@ def _next(heard: int, ours: list[signal.Signals], seconds: float | None) -> int 
 
 
 def _kill_children() -> None:
-    """Ray's own processes would end by themselves, some of them seconds later."""
+    """Ray's own processes would end by themselves, some of them seconds later. The guards stay: they end what is missed
+    here, as processes whose parent ended before are."""
     if "ray" not in sys.modules:
         return
     import psutil
 
+    spared = guards()
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            child.kill()
+            if child.pid not in spared:
+                child.kill()

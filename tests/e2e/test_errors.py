@@ -203,6 +203,9 @@ def test_a_signal_ends_what_was_started(place, which, tmp_path):
     assert started
     (os.kill if which == signal.SIGTERM else os.killpg)(process.pid, which)
     assert process.wait(60) == 128 + which
-    assert process.stderr.read() == f"error: ended by {which.name}\n"
+    *said, last = process.stderr.read().splitlines()
+    assert last == f"error: ended by {which.name}"
+    assert len(said) == (which == signal.SIGTERM)
+    assert all(line.startswith("SIGTERM: a checkpoint is written after this step") for line in said)
     _, left = psutil.wait_procs(started, timeout=30)
     assert not left
