@@ -58,7 +58,8 @@ class Stage:
             job.skip(self.name, why)
         for output in self.outputs:
             if self.store.has(output.kind, output.name):
-                job.skip(self.name, f"{output.label} done before ({output.name})")
+                what = "" if output.label == self.name else f"{output.label} "
+                job.skip(self.name, f"{what}done before ({output.name})")
             else:
                 job.make(self, output)
 
