@@ -10,7 +10,7 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError
 
-from actors.failures import Fault
+from actors.fault import Fault
 from actors.resources import beside_driver
 from rlhf.config import RecoveryConfig
 from rlhf.flow.fleet import TRIES

@@ -30,10 +30,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from actors.failures import Fault, lost, short
+from actors.failures import lost, short
+from actors.fault import Fault
 from actors.generator import Summary
 from actors.generator_pool import GeneratorPool, Outcome, Sampled, ready
-from actors.learner import Coefficients, LearnerGroup, Lost, merged
+from actors.learner import Coefficients, Lost
+from actors.learner_group import LearnerGroup, merged
 from actors.metrics import StepMetrics
 from actors.queue import Queue
 from actors.ranks import rank_error

@@ -12,6 +12,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from actors.fault import Fault
 from rlhf.shown import shown
 
 # What the machine refuses, whatever the program does. Other numbers (no such file) may be a fault here.
@@ -49,7 +50,7 @@ def reason(error: BaseException) -> str | None:
         return in_one_line(
             f"{choice} is no choice: give the name of a file in conf/{choice.partition('=')[0]}"
         )
-    if isinstance(cause, ValueError):
+    if isinstance(cause, ValueError | Fault):
         return in_one_line(str(cause)) + _where(error)
     if isinstance(cause, OSError) and cause.errno in MACHINE:
         file = f": {cause.filename}" if cause.filename else " (output_dir, or the folder for temporary files)"

@@ -19,18 +19,13 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from actors.fault import Fault
 from rlhf.flow.fleet import TRIES
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0
 """Seconds after which the log says what is waited for."""
-
-
-class Fault(Exception):
-    """What a stage cannot do without has ended, or is stuck: which process, and how, in one line. Nothing that it had
-    is used again: the stage's roles are made anew, and it goes on from its newest checkpoint."""
-
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 

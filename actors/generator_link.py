@@ -10,7 +10,8 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from actors.failures import PATIENCE, Fault, died, lost, root, short
+from actors.failures import PATIENCE, died, lost, root, short
+from actors.fault import Fault
 from actors.stuck import where
 from rlhf.config import RecoveryConfig
 from rlhf.flow.fleet import TRIES, Fleet

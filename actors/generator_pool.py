@@ -13,7 +13,8 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from actors.failures import PATIENCE, Fault, lost, short
+from actors.failures import PATIENCE, lost, short
+from actors.fault import Fault
 from actors.generator import Generator, Summary
 from actors.generator_link import LOOK, Link, Policy
 from actors.resources import actor_options, room

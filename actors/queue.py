@@ -10,7 +10,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from actors.failures import Fault, short
+from actors.failures import short
+from actors.fault import Fault
 from actors.resources import beside_driver
 from rlhf.config import RecoveryConfig
 from rlhf.flow.fleet import TRIES

@@ -11,7 +11,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from actors.failures import Fault, died, short
+from actors.failures import died, short
+from actors.fault import Fault
 from actors.stuck import SILENT, innermost, where
 from rlhf.flow.pulse import Pulse
 

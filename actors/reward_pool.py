@@ -21,7 +21,8 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 
-from actors.failures import PATIENCE, Fault
+from actors.failures import PATIENCE
+from actors.fault import Fault
 from actors.resources import keep_memory, room, set_threads, yield_to_learners
 from actors.watchdog import deadline
 from rlhf.config import RecoveryConfig, ResourcesConfig, RewardModelConfig

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from actors.baseline import Baseline
-from actors.failures import Fault
+from actors.fault import Fault
 from actors.generator_pool import GeneratorPool
-from actors.learner import LearnerGroup
+from actors.learner_group import LearnerGroup
 from actors.reward_pool import RewardPool
 from actors.session import Session
 from actors.signals import hear_again

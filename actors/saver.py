@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from actors.learner import LearnerGroup
+from actors.learner_group import LearnerGroup
 from rlhf.checkpoints import Checkpoints
 from rlhf.config import CheckpointConfig
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from actors.failures import Fault
+from actors.fault import Fault
 
 if TYPE_CHECKING:
     from actors.cluster import Cluster

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from actors.failures import Fault
+from actors.fault import Fault
 
 EVERY = 1.0  # seconds between two looks
 SIGNAL = signal.SIGUSR1

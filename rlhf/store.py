@@ -120,8 +120,8 @@ class Store:
                 _clear_hidden(work)
                 write_checksums(work, leave_out=(LOCK, CHECKPOINTS))
                 final.parent.mkdir(parents=True, exist_ok=True)
-                os.unlink(lock)
                 os.rename(work, final)
+                (final / LOCK).unlink()  # afterwards: who waits for it must not find the work without it
             except BaseException:
                 if not _resumable(work):
                     shutil.rmtree(work, ignore_errors=True)

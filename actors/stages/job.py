@@ -77,11 +77,12 @@ class Job:
                 why = self._session.fault() or fault(error)
                 if why is None:
                     raise
-                self.why = why
-                self._session.renew(self.config, entirely=self._restarts.count > 0)
-                self.view.line(f"{label}: {why}; its processes are started again")
+                entirely = self._restarts.count > 0
                 if not self._restarts.again():
                     most = self.config.recovery.restarts
                     raise ValueError(
                         f"{label}: {why} (after {most} restarts without progress in between: recovery.restarts)"
                     ) from error
+                self.why = why
+                self.view.line(f"{label}: {why}; its processes are started again")
+                self._session.renew(self.config, entirely)

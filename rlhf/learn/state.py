@@ -23,7 +23,7 @@ from rlhf.learn.trainer import Trainer
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 TYPES = {torch.float32: "F32", torch.int64: "I64"}
-"""As safetensors calls them: Adam's step is a whole number where its kernel is fused."""
+"""As safetensors calls them. Adam's count of steps is saved as a whole number."""
 
 
 @dataclass(frozen=True)

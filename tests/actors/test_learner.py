@@ -5,7 +5,7 @@ import pytest
 import ray
 import torch
 
-from actors.learner import LearnerGroup
+from actors.learner_group import LearnerGroup
 from rlhf.config import ArchitectureConfig, DeepSpeedConfig, RecoveryConfig, RoleConfig, TrainingConfig
 from rlhf.learn.objectives import TokenPairs
 from rlhf.learn.schedule import learning_rate

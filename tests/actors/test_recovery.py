@@ -9,7 +9,7 @@ import pytest
 import ray
 import torch
 
-from actors.failures import Fault
+from actors.fault import Fault
 from actors.generator_pool import GeneratorPool, ready
 from actors.stages.sft import Sft
 from actors.work import work_items

@@ -79,7 +79,9 @@ def test_no_algorithm_in_actors() -> None:
 
 
 def test_config_imports_without_torch() -> None:
-    code = "import sys, rlhf.config_checks; print(*{'torch', 'transformers', 'ray', 'deepspeed'} & sys.modules.keys())"
+    """Nor does the command, before it has read its configuration."""
+    heavy = "{'torch', 'transformers', 'ray', 'deepspeed'}"
+    code = f"import sys, rlhf.config_checks, actors.job; print(*{heavy} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []

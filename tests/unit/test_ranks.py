@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.learner import merged
+from actors.learner_group import merged
 from tests import states
 from tests.ranks import RUNS, Ranks, accumulated, together
 from tests.states import ACROSS, CASES

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from actors.errors import reason, told
+from actors.fault import Fault
 
 
 @pytest.mark.parametrize(
@@ -16,6 +17,7 @@ from actors.errors import reason, told
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device (output_dir, or the"),
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a/b"), "Permission denied: a/b"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "I/O error: No space left"),
+        (Fault("the queue gave no answer"), "the queue gave no answer"),
     ],
 )
 def test_of_users_and_the_machine(error, line):
