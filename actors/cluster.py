@@ -83,7 +83,11 @@ class Cluster:
         for name, process in _processes():
             if process.poll() is not None:
                 return f"Ray's {name} ended with status {process.returncode}"
-            if psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+            try:
+                stopped = psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+            except psutil.NoSuchProcess:
+                return f"Ray's {name} has ended"
+            if not stopped:
                 self._stopped.pop(name, None)
             elif now - self._stopped.setdefault(name, now) > STOPPED:
                 return f"Ray's {name} is stopped"

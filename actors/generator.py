@@ -131,4 +131,11 @@ class Generator:
 
     async def logprobs(self, rollouts: Rollouts) -> np.ndarray | None:
         """Of the rollouts' tokens, float32 [T]; nothing, if this process was restarted and has no policy yet."""
-        return None if self._engine is None else self._engine.logprobs(rollouts)
+        if self._engine is None:
+            return None
+        found = np.empty(len(rollouts.tokens.values), np.float32)
+        for places, values in self._engine.logprobs(rollouts):
+            found[places] = values
+            self._progress += 1
+            await asyncio.sleep(0)  # calls that have come are heard
+        return found

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 
 from actors.failures import fetched, short
-from actors.resources import keep_memory, set_threads
+from actors.resources import free_memory, keep_memory, set_threads
 from actors.stuck import place, stacks
 from rlhf.checksums import checksum
 from rlhf.config import DeepSpeedConfig, RoleConfig, TrainingConfig
@@ -41,6 +41,16 @@ class Coefficients:
     step: int  # from 0
     strict: bool  # what is not finite is an error; else the step is left out
     inspect: str  # folder for the batch of that error; empty: it is not kept
+
+
+@dataclass(frozen=True)
+class Written:
+    """A rank's file of a checkpoint."""
+
+    name: str
+    size: int  # bytes
+    checksum: str
+    waited: str  # why training waited while it was written; empty: it did not
 
 
 @dataclass(frozen=True)
@@ -236,21 +246,36 @@ class LearnerRank:
         self.trainer.save(Path(path))
         self._beats += 1
 
-    def snapshot(self) -> None:
-        """Copies the state of what is trained, for `write`."""
+    def snapshot(self, folder: str, neighbours: int) -> str:
+        """Copies the state of what is trained, for `write`; without room for a copy, writes it, and says so.
+        `neighbours`: ranks on this node, which copy theirs too."""
         from rlhf.learn.state import Snapshot
 
         if self._snapshot is None:
             self._snapshot = Snapshot()
         with self._recorder.span("snapshot"):
-            self._snapshot.take(self._trainers)
+            room = free_memory() // neighbours
+            if self._snapshot.take(self._trainers, room):
+                return ""
+            self._snapshot.write(self._file(folder), self._beat)
+        return (
+            f"training waits while checkpoints are written: there are {room / 2**30:.1f} GiB for the copy of a rank's "
+            f"state, which takes {self._snapshot.size / 2**30:.1f}"
+        )
 
-    def write(self, folder: str, taken: None) -> list[tuple[str, int, str]]:
-        """Writes what was copied: name, size and checksum of each file. `taken`: the answer of `snapshot`."""
+    def write(self, folder: str, waited: str) -> Written:
+        """Writes what was copied. `waited`: the answer of `snapshot`."""
         assert self._snapshot is not None
-        path = Path(folder) / f"rank-{self.rank}-of-{self.world}.safetensors"
-        self._snapshot.write(path)
-        return [(path.name, *checksum(path))]
+        path = self._file(folder)
+        if not waited:
+            self._snapshot.write(path)
+        return Written(path.name, *checksum(path), waited)
+
+    def _file(self, folder: str) -> Path:
+        return Path(folder) / f"rank-{self.rank}-of-{self.world}.safetensors"
+
+    def _beat(self) -> None:
+        self._beats += 1
 
     def restore(self, folder: str) -> None:
         """Takes over a state that was written, by however many ranks."""

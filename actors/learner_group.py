@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from actors.failures import tell_if_late
-from actors.learner import GROUPS, Coefficients, LearnerRank
+from actors.learner import GROUPS, Coefficients, LearnerRank, Written
 from actors.ranks import Watch, of_ranks
 from actors.resources import actor_options
 from rlhf.config import DeepSpeedConfig, RecoveryConfig, RoleConfig, TrainingConfig
@@ -93,14 +93,17 @@ class LearnerGroup:
         return first
 
     def checkpoint(self, folder: Path) -> list[ray.ObjectRef]:
-        """Starts the saving of the state as it is after all calls before, beside those after. References, by
-        rank, of the names, sizes and checksums of files."""
+        """Starts the saving of the state as it is after all calls before, beside those after. References of what each
+        rank has `Written`."""
+        nodes = [node for _, node in self._watch.places]
         return [
-            rank.write.options(concurrency_group="beside").remote(str(folder), rank.snapshot.remote())
-            for rank in self.ranks
+            rank.write.options(concurrency_group="beside").remote(
+                str(folder), rank.snapshot.remote(str(folder), nodes.count(node))
+            )
+            for rank, node in zip(self.ranks, nodes, strict=True)
         ]
 
-    def written(self, calls: list[ray.ObjectRef]) -> list[Any]:
+    def written(self, calls: list[ray.ObjectRef]) -> list[Written]:
         """Waits for what `checkpoint` started."""
         return self._loaded(calls)
 

@@ -111,7 +111,6 @@ def _check_conversations(
 
     chat = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", model.chat_template)
     limit, prompts = max_positions(found), [*data.prompts, *data.eval_prompts]
-    chat.check_table(found, [p.content for p in prompts])
     for prompt in prompts:
         with at(prompt.source):
             tokens = len(chat.conversation_tokens(prompt.content, "A"))
@@ -120,6 +119,7 @@ def _check_conversations(
                 f"{prompt.source}: the prompt and a response of one word are {tokens} tokens, but the reward model "
                 f"{key}={path} takes {limit}; shorten or remove the row, or give another model"
             )
+    chat.check_table(found, [p.content for p in prompts])
 
 
 def _tell(path: str, key: str) -> None:

@@ -6,6 +6,8 @@ import ctypes
 import os
 import socket
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from actors.address import check_form, given_address
@@ -51,6 +53,19 @@ def yield_to_learners() -> None:
     """Lowers this process's priority: where roles share CPUs, learner ranks go first. They wait for each other, and all
     wait for them."""
     os.nice(10)
+
+
+def free_memory() -> int:
+    """Bytes that processes may still take: of the machine, or what the limit of a control group (a container's)
+    leaves. What the system keeps of files counts as free."""
+    import psutil
+
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no such group, or "max": no limit
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]))
+    return max(0, free)
 
 
 def room() -> str:

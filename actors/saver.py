@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import ray
 from actors.learner_group import LearnerGroup
 from rlhf.checkpoints import Checkpoints
 from rlhf.config import CheckpointConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Saver:
         self._config, self._checkpoints, self._learner, self._clock = config, checkpoints, learner, clock
         self._before, self._also, self._besides = before, also, besides
         self._saving: _Saving | None = None
+        self._told = False  # that steps wait
         self._last, self.saved = clock(), step  # when the last one was begun, and of which step the newest is
 
     def due(self, step: int) -> bool:
@@ -102,6 +106,9 @@ class Saver:
         parts = self._learner.written(saving.files)
         assert saving.state is not None, saving
         self._before(saving.step)
-        files = {name: (size, digest) for part in parts for name, size, digest in part}
+        files = {part.name: (part.size, part.checksum) for part in parts}
+        for waited in {part.waited for part in parts if part.waited} if not self._told else ():
+            log.warning("%s", waited)
+            self._told = True
         self._checkpoints.commit(saving.step, saving.folder, saving.state, files, self._besides())
         self._saving, self.saved = None, saving.step

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf.types import Content
+
 HIDDEN = "***"
 # What a secret looks like by itself: tokens of known services, and the user's part of an address.
 _TOKEN = re.compile(
@@ -50,7 +52,22 @@ def visible(text: str) -> str:
     >>> visible("a\x1b[31mb\u202ec\nd é 🙂")
     'a\\x1b[31mb\\u202ec\\nd é 🙂'
     """
-    return "".join(c if c.isprintable() or c == "\xa0" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c == "\xa0" else spelled(c) for c in text)
+
+
+def spelled(character: str) -> str:
+    """As a Python literal spells it."""
+    return character.encode("unicode_escape").decode()
+
+
+def short(content: Content) -> str:
+    """A prompt, or a response, as an error names it: the beginning of what its last message says.
+
+    >>> short([{"role": "user", "content": "tell me " + 40 * "more "}])
+    "'tell me more more more more more more more more more more more more more more...'"
+    """
+    text = content if isinstance(content, str) else content[-1]["content"]
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def shown(text: str) -> str:

@@ -126,22 +126,27 @@ def resumed(at: Ranks, root: Path, name: str) -> dict[str, Any]:
     """Two steps; the state before each is written while the step goes on; then the same from a state, in trainers that
     began elsewhere."""
     trainers, step = MAKE[name](at, 0.0)
-    snapshot, steps, middle = Snapshot(), [], {}
+    snapshot, steps, middle, alike = Snapshot(), [], {}, True
     for n in range(2):
         snapshot.take(trainers)
         if n == 0:
             memory = {key: copy.data_ptr() for key, copy in snapshot._copies.items()}
         folder = _folder(root, name, at.world, at.stage, at.dtype, n)
         folder.mkdir(exist_ok=True)
+        held, beats = Snapshot(), []
+        assert not held.take(trainers, room=snapshot.size - 1)
+        held.write(root / f"held by {at.rank} of {at.world}", lambda: beats.append(1))
         writing = threading.Thread(target=snapshot.write, args=(folder / _name(at),))
         writing.start()
         middle = whole(trainers)
         steps.append(step(n))
         writing.join()
+        alike &= (root / f"held by {at.rank} of {at.world}").read_bytes() == (folder / _name(at)).read_bytes()
+        alike &= len(beats) == len(snapshot._copies) and not held._copies
     again = all(snapshot._copies[key].data_ptr() == place for key, place in memory.items())
     end, state = whole(trainers), copies(trainers)
     _barrier(at)
-    found = {"same memory": again, "middle": middle, "steps": steps, "end": end}
+    found = {"same memory": again, "alike without room": alike, "middle": middle, "steps": steps, "end": end}
     for n in (0, 1) if name == "sft" else (1,):
         trainers, step = MAKE[name](at, 0.5)
         restore(_folder(root, name, at.world, at.stage, at.dtype, n), trainers)

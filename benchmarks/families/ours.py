@@ -91,7 +91,9 @@ class Policy:
         self.learner = self._learner(rollouts)
         exact = plain.logprobs(self._plain, rollouts)
         own = exact if self._own is None else plain.logprobs(self._own, rollouts)
-        learnt = self._engine.logprobs(rollouts)
+        learnt = np.empty_like(exact)
+        for places, values in self._engine.logprobs(rollouts):
+            learnt[places] = values
         return Distance.of(rollouts.logprobs, exact), Distance.of(learnt, exact), Distance.of(own, exact)
 
     def _learner(self, rollouts: Rollouts) -> str:

@@ -83,7 +83,7 @@ def base_utility(
     shape = base.lengths.shape
     raw = np.stack([base.rewards[n].ravel() for n in utility.weights], 1)
     group = np.repeat(np.arange(shape[0]), shape[1])
-    return utility.combined(raw, references, group).reshape(shape)
+    return utility.combined(raw, references, group, base.prompts).reshape(shape)
 
 
 def lexicon(config: Config) -> Lexicon:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -35,5 +35,6 @@ class Engine(Protocol):
     def advance(self) -> list[tuple[int, Rollouts]]:
         """Goes on with the work; what is finished, by ticket."""
 
-    def logprobs(self, rollouts: Rollouts) -> np.ndarray:
-        """Log-probabilities of the rollouts' response tokens under the current weights, float32 [T]."""
+    def logprobs(self, rollouts: Rollouts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Log-probabilities of the rollouts' response tokens under the current weights, as they are computed: places
+        among the T tokens, int64 [t], and their log-probabilities, float32 [t]."""

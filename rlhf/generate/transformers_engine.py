@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -332,15 +332,12 @@ class TransformersEngine:
         return tokens
 
     @torch.inference_mode()
-    def logprobs(self, rollouts: Rollouts) -> np.ndarray:
-        flat = np.empty(len(rollouts.tokens.values), np.float32)
+    def logprobs(self, rollouts: Rollouts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         rows = range(rollouts.responses)
         lay = self._policy.lay
         for batch in lay(rollouts.prompt_tokens, rollouts.tokens, rollouts.group, rows, self.budget):
-            flat[batch.index.numpy()] = (
-                token_logprobs(self._policy, batch, rollouts.temperature).cpu().numpy()
-            )
-        return flat
+            values = token_logprobs(self._policy, batch, rollouts.temperature)
+            yield batch.index.numpy(), values.cpu().numpy()
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

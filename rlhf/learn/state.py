@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,19 +81,30 @@ def _adam(trainer: Trainer) -> Any:
 
 
 class Snapshot:
-    """A copy of a rank's part of trainers' states, in memory that serves again for the next."""
+    """A rank's part of trainers' states: a copy, in memory that serves again for the next one, or where there is no
+    room for that the state itself."""
 
     def __init__(self) -> None:
         self._copies: dict[str, torch.Tensor] = {}
+        self._held = self._copies
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return sum(copy.numel() * copy.element_size() for copy in self._copies.values())
+        return sum(part.nbytes for part in self._held.values())
 
-    def take(self, trainers: Mapping[str, Trainer]) -> None:
-        """Copies what is to be saved. What every rank has, one of them saves."""
+    def take(self, trainers: Mapping[str, Trainer], room: float = math.inf) -> bool:
+        """Copies what is to be saved, if that takes at most `room` more bytes; whether it does. If not, it must be
+        written before the trainers go on. What every rank has, one of them saves."""
+        parts = self._parts(trainers)
+        copied = sum(part.nbytes for key, part in parts.items() if key not in self._copies) <= room
+        self._copies = {key: self._copy(key, part) for key, part in parts.items()} if copied else {}
+        self._held = self._copies if copied else parts
+        return copied
+
+    def _parts(self, trainers: Mapping[str, Trainer]) -> dict[str, torch.Tensor]:
+        """Views of what is to be saved."""
         seen = {}
         for label, trainer in trainers.items():
             state = _adam(trainer).state
@@ -106,20 +118,20 @@ class Snapshot:
                 if STEP in moments:
                     parts[f"/{STEP}"] = torch.as_tensor(moments[STEP]).reshape(1).to(torch.int64)
                 for kind, part in parts.items():
-                    key = f"{label}/{fragment.name}@{fragment.start}{kind}"
-                    seen[key] = self._copy(key, part)
+                    seen[f"{label}/{fragment.name}@{fragment.start}{kind}"] = part.detach()
                 self._shapes[f"{label}/{fragment.name}"] = fragment.shape
-        self._copies = seen
+        return seen
 
     def _copy(self, key: str, part: torch.Tensor) -> torch.Tensor:
         copy = self._copies.get(key)
         if copy is None:
-            return part.detach().to("cpu", copy=True)
+            return part.to("cpu", copy=True)
         return copy.copy_(part)
 
-    def write(self, path: Path) -> None:
-        """A safetensors file. That package's own writer keeps the thread that trains from running meanwhile."""
-        ordered = sorted(self._copies.items(), key=lambda item: -item[1].element_size())  # all aligned
+    def write(self, path: Path, wrote: Callable[[], object] = lambda: None) -> None:
+        """A safetensors file. That package's own writer keeps the thread that trains from running meanwhile. `wrote`
+        is called after each tensor."""
+        ordered = sorted(self._held.items(), key=lambda item: -item[1].element_size())  # all aligned
         ends = itertools.accumulate(copy.nbytes for _, copy in ordered)
         header: dict[str, Any] = {"__metadata__": {"shapes": json.dumps(self._shapes)}}
         for (key, copy), end in zip(ordered, ends, strict=True):
@@ -130,7 +142,8 @@ class Snapshot:
         with open(path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for _, copy in ordered:
-                file.write(copy.numpy().data)
+                file.write(copy.cpu().numpy().data)
+                wrote()
             file.flush()
             os.fsync(file.fileno())
 

@@ -117,6 +117,8 @@ def score_rows(
 
     `model` is what is called: the classifier itself, or an engine around it. Neighbours of one `kin` begin alike.
     """
+    if not rows:
+        return torch.empty(0)
     parts, order = [], []
     for batch in batches(classifier, rows, kin, budget):
         parts.append(batch.scores(model, next(classifier.parameters())))

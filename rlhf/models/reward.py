@@ -12,6 +12,7 @@ from rlhf.models.classifier import Classifier, score_rows
 from rlhf.models.load import head_of, load_reward_model, load_tokenizer, usable_positions
 from rlhf.models.packed import pack as pack_layers
 from rlhf.models.precision import dtype_of
+from rlhf.shown import short
 from rlhf.types import Content
 
 
@@ -46,7 +47,7 @@ class RewardScorer:
             if self.limit is not None and len(row) > self.limit:
                 raise ValueError(
                     f"reward model '{self.name}' takes {self.limit} tokens, but prompt and response have {len(row)}: "
-                    f"prompt {_short(content)}, response {_short(response)}; lower rollout.max_new_tokens"
+                    f"prompt {short(content)}, response {short(response)}; lower rollout.max_new_tokens"
                 )
         with torch.inference_mode():
             found = score_rows(self.classifier, self.classifier, rows, _kin(contents), self.budget)
@@ -56,7 +57,7 @@ class RewardScorer:
             i = int(bad[0])
             raise ValueError(
                 f"reward model '{self.name}' returned {rewards[i]} for {len(bad)} of {len(rows)} responses, "
-                f"first for prompt {_short(contents[i])}, response {_short(responses[i])}; check its weights"
+                f"first for prompt {short(contents[i])}, response {short(responses[i])}; check its weights"
             )
         return rewards
 
@@ -68,8 +69,3 @@ def _kin(contents: Sequence[Content]) -> list[int]:
         same = i > 0 and (content is contents[i - 1] or content == contents[i - 1])
         numbers.append(numbers[-1] if same else i)
     return numbers
-
-
-def _short(content: Content) -> str:
-    text = content if isinstance(content, str) else content[-1]["content"]
-    return repr(text if len(text) <= 80 else text[:77] + "...")

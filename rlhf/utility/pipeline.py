@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from rlhf.types import Rewards, Rollouts
+from rlhf.shown import short
+from rlhf.types import Content, Rewards, Rollouts
 from rlhf.utility.combine import Terms, combine
 from rlhf.utility.kinds import TRANSFORM_KINDS, check_utility, combination_kind
 from rlhf.utility.prompt_references import PromptReferences
@@ -50,7 +51,7 @@ class Utility:
     ) -> Rewards:
         """Everything a learner and the metrics want of rollouts, whose G prompts the references are of."""
         values, by_model = _tensor(raw), self._references(references, rollouts.group)
-        utilities, combined = self._evaluate(values, by_model, rollouts.group)
+        utilities, combined = self._evaluate(values, by_model, rollouts.group, rollouts.prompts)
         return Rewards(
             item=rollouts.item,
             version=rollouts.version,
@@ -65,10 +66,15 @@ class Utility:
 
     @torch.inference_mode(False)
     def combined(
-        self, raw: np.ndarray, references: Mapping[str, PromptReferences], group: np.ndarray
+        self,
+        raw: np.ndarray,
+        references: Mapping[str, PromptReferences],
+        group: np.ndarray,
+        prompts: Sequence[Content] | None = None,
     ) -> np.ndarray:
-        """The utility that is maximised, float32 [B]."""
-        return self._evaluate(_tensor(raw), self._references(references, group), group)[1].detach().numpy()
+        """The utility that is maximised, float32 [B]. `prompts`: the G prompts, which an error then quotes."""
+        by_model = self._references(references, group)
+        return self._evaluate(_tensor(raw), by_model, group, prompts)[1].detach().numpy()
 
     @torch.inference_mode(False)
     def slope(
@@ -86,14 +92,22 @@ class Utility:
         return {model: _gather(references[model], rows) for model in self.weights}
 
     def _evaluate(
-        self, values: torch.Tensor, references: Mapping[str, Reference], group: np.ndarray
+        self,
+        values: torch.Tensor,
+        references: Mapping[str, Reference],
+        group: np.ndarray,
+        prompts: Sequence[Content] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Utilities [B, M] and the combined utility [B], float32, on the graph of `values`, float32 [B, M]."""
         assert values.shape == (len(group), len(self.weights)), (values.shape, len(group), len(self.weights))
-        terms = [
-            self._term(model, column, reference, group)
-            for (model, reference), column in zip(references.items(), values.unbind(-1), strict=True)
-        ]
+        terms = []
+        for (model, reference), column in zip(references.items(), values.unbind(-1), strict=True):
+            try:
+                terms.append(self._term(column, reference))
+            except UnusableReference as error:
+                g = int(group[error.position[0]])
+                prompt = f"{g} of those at hand" if prompts is None else short(prompts[g])
+                raise ValueError(f"reward model {model}, prompt {prompt}: {error}") from error
         utilities = torch.stack([utility for utility, _ in terms], -1)
         kind = combination_kind(self.combine)
         operands = Terms(
@@ -105,19 +119,13 @@ class Utility:
         parameters = {name: self.parameters[name] for name in kind.parameters}
         return utilities, combine(self.combine, tuple(self.weights), operands, parameters)
 
-    def _term(
-        self, model: str, rewards: torch.Tensor, reference: Reference, group: np.ndarray
-    ) -> tuple[torch.Tensor, Pair | None]:
+    def _term(self, rewards: torch.Tensor, reference: Reference) -> tuple[torch.Tensor, Pair | None]:
         """One model's utility, float32 [B], and the pair of log-probabilities if the combination needs it."""
         parameters = {name: self.parameters[name] for name in TRANSFORM_KINDS[self.transform].parameters}
-        try:
-            utility = TRANSFORMS[self.transform](rewards, reference, **parameters)
-            if not combination_kind(self.combine).needs_pairs:
-                return utility, None
-            return utility, log_probabilities(self.transform, rewards, reference)
-        except UnusableReference as error:
-            prompt = int(group[error.position[0]])
-            raise ValueError(f"reward model {model}, prompt {prompt} of those at hand: {error}") from error
+        utility = TRANSFORMS[self.transform](rewards, reference, **parameters)
+        if not combination_kind(self.combine).needs_pairs:
+            return utility, None
+        return utility, log_probabilities(self.transform, rewards, reference)
 
 
 def _tensor(raw: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""A stage that is interrupted and gone on with gives what it gives undisturbed, bit for bit."""
+"""A stage that is interrupted and gone on with gives what it gives undisturbed, bit for bit.
+
+`RLHF_INTERRUPTIONS=10 pytest tests/actors/test_resume.py -k ended_and_gone_on` ends alignment at ten random steps.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +30,8 @@ from tests.actors.conftest import run
 from tests.actors.test_align import without_times
 
 pytestmark = pytest.mark.actors
-STEPS = 8
+INTERRUPTIONS = int(os.environ.get("RLHF_INTERRUPTIONS", 2))
+STEPS = 6 + INTERRUPTIONS  # of alignment
 ALGORITHMS = {
     "rloo": (),
     "ppo": ("algorithm=ppo", "algorithm.kl_target=0.5"),
@@ -94,9 +99,8 @@ def test_alignment_that_is_ended_and_gone_on_with(jobs, heard, undisturbed, algo
     parts = jobs.make(*options, "align.checkpoint={every: 3, minutes: null, keep: 2}")
     (output,) = parts.stages.of(Align).outputs
     work = parts.stages.store.unfinished(output.kind, output.name)
-    for after in sorted(
-        np.random.default_rng(len(algorithm)).choice(np.arange(1, STEPS - 1), 2, replace=False)
-    ):
+    rng = np.random.default_rng(len(algorithm))
+    for after in sorted(rng.choice(np.arange(1, STEPS - 1), INTERRUPTIONS, replace=False)):
         thread = end_at(work / "metrics.jsonl", int(after))
         with pytest.raises(signals.Ended):
             run(parts, "align")
@@ -107,7 +111,7 @@ def test_alignment_that_is_ended_and_gone_on_with(jobs, heard, undisturbed, algo
     run(parts, "align")
     check_same(made(parts, parts.stages.of(Align).path), expected)
     attempts = {line.attempt for line in read(parts.stages.of(Align).path / "history.jsonl")}
-    assert attempts == {1, 2, 3}
+    assert attempts == set(range(1, INTERRUPTIONS + 2))
     assert not work.exists()
 
 
@@ -194,6 +198,73 @@ def test_the_policy_of_the_best_evaluated_step_is_kept(jobs, heard):
     metrics, weights = made(job, folder)
     assert len(metrics) == 6
     check_same((metrics[:chosen], weights), made(short, short.stages.of(Align).path))
+
+
+FITS = {
+    "sft": "policy.training",
+    "reward_models": "reward_models.helpful.training",
+}
+
+
+@pytest.mark.parametrize("stage", FITS)
+def test_a_fit_that_is_ended_and_whose_rank_is_killed(
+    jobs, heard, monkeypatch, tmp_path, policy_folder, stage
+):
+    """SIGTERM, the same command again, then SIGKILL of a rank: each goes on from the newest checkpoint."""
+    monkeypatch.setattr("actors.stages.fit.CHUNK", 2)
+    words = ["tea", "bread", "lock", "yes", "no", "good", "bad"]
+    turns = [
+        (
+            [{"role": "user", "content": f"what is {a} ?"}],
+            *([{"role": "assistant", "content": f"{c} ."}] for c in b),
+        )
+        for a in words
+        for b in pairwise(words)
+    ]
+    shown = "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c, _ in turns)
+    pairs = "".join(json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n" for p, c, r in turns)
+    (tmp_path / "shown.jsonl").write_text(shown)
+    (tmp_path / "pairs.jsonl").write_text(pairs)
+    training = "{steps: 12, batch_size: 4, learning_rate: 0.01, warmup_steps: 2, weight_decay: 0.1}"
+    options = [
+        f"{FITS[stage]}={training}",
+        "recovery={grace: 60, backoff: 0, restarts: 1}",
+        "align.checkpoint={every: null, minutes: 0.0001, keep: 2}",
+    ]
+    if stage == "sft":
+        options += ["policy.path=null", f"policy.init_from={policy_folder}"]
+        options += [f"data.demonstrations={tmp_path / 'shown.jsonl'}"]
+    else:
+        options += ["reward_models.helpful.path=null", f"reward_models.helpful.init_from={policy_folder}"]
+        options += [f"reward_models.helpful.preferences={tmp_path / 'pairs.jsonl'}"]
+    whole, parts = jobs.make(*options, bare=True), jobs.make(*options, bare=True, apart=True)
+    run(whole, stage)
+    (owner,) = [s for s in parts.stages.configured() if s.name == stage]
+    (output,) = owner.outputs
+    work = parts.stages.store.unfinished(output.kind, output.name)
+    thread = end_at(work / "metrics.jsonl", 3)
+    with pytest.raises(signals.Ended):
+        run(parts, stage)
+    thread.join()
+    done, said = lines(work / "metrics.jsonl"), []
+    assert 3 <= done < 12
+    (pid,) = ray.get([rank.__ray_call__.remote(lambda _: os.getpid()) for rank in parts.roles.learner.ranks])
+
+    def disturb():
+        while lines(work / "metrics.jsonl") < done + 3:
+            time.sleep(0.005)
+        os.kill(pid, signal.SIGKILL)
+
+    monkeypatch.setattr(parts.view, "line", said.append)
+    threading.Thread(target=disturb, daemon=True).start()
+    run(parts, stage)
+    assert sum("goes on from step" in line for line in said) == 2, said
+    assert any("its processes are started again" in line for line in said), said
+    found, expected = (job.stages.store.folder(output.kind, output.name) for job in (parts, whole))
+    assert without_times(read_metrics(found)) == without_times(read_metrics(expected))
+    check_same(
+        (None, load_file(found / "model.safetensors")), (None, load_file(expected / "model.safetensors"))
+    )
 
 
 @pytest.mark.parametrize("tolerance", ["null", "0.3"])

@@ -277,6 +277,14 @@ def test_an_unusable_reference_is_an_error_with_model_and_prompt(transform, chan
         utility.combined(raw_rewards(), of, GROUP)
 
 
+def test_the_prompt_of_an_unusable_reference_is_quoted() -> None:
+    of = references()
+    of["harmless"] = replace(of["harmless"], std=np.array([1, 1, 0], np.float32))
+    utility = Utility("zscore", "weighted_sum", {}, ONES)
+    with pytest.raises(ValueError, match=r"reward model harmless, prompt 'three': zscore divides"):
+        utility.rewards(rollouts(), raw_rewards(), of)
+
+
 def test_what_does_not_go_together_is_refused_when_made() -> None:
     with pytest.raises(ValueError, match=r"utility.combine=and needs"):
         Utility("linear", "and", {}, ONES)

@@ -7,6 +7,7 @@ from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from rlhf.evaluate.best_of import best_of
 from rlhf.evaluate.examples import before_after, worst_prompts
 from rlhf.evaluate.record import RunRecord
 from rlhf.evaluate.report import write_report
-from rlhf.evaluate.svg import COLOUR, PALETTE
+from rlhf.evaluate.svg import COLOUR, PALETTE, panel
 from rlhf.evaluate.wins import win_rates
 from rlhf.evaluate.words import verdict
 from tests.unit.test_evaluate_samples import policy
@@ -149,6 +150,22 @@ def test_texts_are_escaped_wherever_they_come_from(tmp_path: Path) -> None:
     assert "alert(1)</script>" not in text
     assert text.count("&lt;script&gt;alert(1)") >= 6  # title, prompts, topic, response, configuration
     assert not [tag for tag, _ in Tags(text).tags if tag in ("img", "iframe", "link", "object", "embed")]
+
+
+def test_names_are_escaped_in_drawings(tmp_path: Path) -> None:
+    """Headings, labels that are read out, and the text that Matplotlib writes."""
+    name = 'safe"><script>alert(1)</script>'
+    drawn = panel(name, lambda axes: axes.set_xlabel(name))
+    root = ElementTree.fromstring(drawn.svg.replace("xlink:", ""))
+    assert root.get("aria-label") == name
+    assert name in [node.text for node in root.iter() if node.text]
+    assert not [node for node in root.iter() if node.tag.endswith("script")]
+
+
+def test_no_text_turns_what_follows_it(tmp_path: Path) -> None:
+    text = page(record("a\u202eb\x00c\x1b[2Jd"), tmp_path)
+    assert "a\\u202eb\\x00c\\x1b[2Jd" in text
+    assert not set("\u202e\x00\x1b") & set(text)
 
 
 def test_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:

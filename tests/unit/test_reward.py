@@ -108,6 +108,10 @@ def test_two_labels_are_refused(tmp_path):
         RewardScorer("harmless", str(tmp_path))
 
 
+def test_no_response_no_reward(reward_folders):
+    assert RewardScorer("helpful", str(reward_folders["helpful"])).score([], []).shape == (0,)
+
+
 def test_too_long_a_conversation_is_refused(reward_folders):
     scorer = RewardScorer("helpful", str(reward_folders["helpful"]))
     with pytest.raises(ValueError, match="'helpful' takes 128 tokens, but prompt and response have 2"):

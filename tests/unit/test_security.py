@@ -92,6 +92,19 @@ def test_pickled_rows_are_not_run(tmp_path, mark, name):
         load_prompts(str(tmp_path / name))
 
 
+def test_the_script_of_a_data_set_is_not_run(tmp_path, mark, monkeypatch):
+    """As a hub's: found by its name, with a loader of its own beside the rows."""
+    import datasets
+
+    (tmp_path / "rows.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, *a, **k: load(str(tmp_path / "rows.py"), *a, **k)
+    )
+    with pytest.raises(ValueError, match=r"owner/rows: .*as a hub dataset failed .*scripts are no longer"):
+        load_prompts("owner/rows")
+
+
 @pytest.mark.parametrize("text", SECRETS)
 def test_secrets_are_hidden(text):
     assert SECRETS[text] not in redacted(text)
