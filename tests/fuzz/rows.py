@@ -77,10 +77,13 @@ def rows(number: int, seed: int, folder: Path) -> Iterator[Trial]:
         made = [copy.deepcopy(draw.choice(GOOD[task])) for _ in range(draw.randrange(5))]
         place = draw.randrange(len(made) + 1)
         made.insert(place, _mutated(draw, draw.choice(GOOD[task])))
-        data = _spoiled(draw, _written(kind, made)) if draw.random() < 0.15 else _written(kind, made)
+        data, spoiled = _written(kind, made), draw.random() < 0.15
         if data is None:  # a kind of file that cannot hold it
             kind, data = ".jsonl", _written(".jsonl", made)
         assert data is not None
+        named = _named(f"{i}{kind}", made, place, data)
+        if spoiled:
+            data, named = _spoiled(draw, data), f"{i}{kind}"
         path = folder / f"{i}{kind}"
 
         def run(path: Path = path, data: bytes = data, task: str = task) -> None:
@@ -88,7 +91,20 @@ def rows(number: int, seed: int, folder: Path) -> Iterator[Trial]:
             READ[task](path, chat, reach)
             path.unlink()
 
-        yield Trial(f"row {i} ({task}{kind}, row {place + 1}): {made[place]!r:.300}", run, (path.name,))
+        yield Trial(f"row {i} ({task}{kind}, row {place + 1}): {made[place]!r:.300}", run, (named,))
+
+
+def _named(file: str, made: list[Any], place: int, data: bytes) -> str:
+    """How a refusal names a row."""
+    if file.endswith(".jsonl"):
+        return f"{file}:{place + 1}:"
+    if not file.endswith(".csv"):
+        return f"{file}, row {place + 1}:"
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return file
+    return f"{file}:{_csv(made[:place], _columns(made)).count(chr(10)) + 1}:"
 
 
 def _prompts(path: Path, chat: ChatFormat, reach: Reach) -> None:
@@ -156,33 +172,37 @@ def _written(kind: str, made: list[Any]) -> bytes | None:
         return b"[" + b",".join(map(_json, made)) + b"]"
     if not all(isinstance(row, dict) for row in made) or deeper(made, 20):  # Arrow's writer ends the process
         return None
-    names = list(dict.fromkeys(name for row in made for name in row))
+    names = _columns(made)
     if kind == ".csv":
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(names)
-        for row in made:
-            cells = [row.get(name) for name in names]
-            writer.writerow(
-                [c if isinstance(c, str) else "" if c is None else _json(c).decode() for c in cells]
-            )
-        return text.getvalue().encode("utf-8", "surrogatepass")
-    buffer = io.BytesIO()
+        return _csv(made, names).encode("utf-8", "surrogatepass")
+    buffer, whole = io.BytesIO(), [{name: row.get(name) for name in names} for row in made]
     try:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), buffer)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), buffer)
     except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError):
         return None
     return buffer.getvalue()
+
+
+def _columns(made: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in made for name in row))
+
+
+def _csv(made: list[dict[str, Any]], names: list[str]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(names)
+    for row in made:
+        cells = [row.get(name) for name in names]
+        writer.writerow([c if isinstance(c, str) else "" if c is None else _json(c).decode() for c in cells])
+    return text.getvalue()
 
 
 def _json(row: Any) -> bytes:
     return json.dumps(row, default=str).encode()
 
 
-def _spoiled(draw: random.Random, data: bytes | None) -> bytes | None:
+def _spoiled(draw: random.Random, data: bytes) -> bytes:
     """The file's bytes cut short, with other bytes in between, or marks of other systems."""
-    if data is None:
-        return None
     at = draw.randrange(len(data) + 1)
     return draw.choice([
         data[:at], data[:at] + b"\xff\xfe" + data[at:], data[:at] + b"\x00" + data[at:], b"\xef\xbb\xbf" + data,
