@@ -135,7 +135,7 @@ def resumed(at: Ranks, root: Path, name: str) -> dict[str, Any]:
         folder.mkdir(exist_ok=True)
         held, beats = Snapshot(), []
         assert not held.take(trainers, room=snapshot.size - 1)
-        held.write(root / f"held by {at.rank} of {at.world}", lambda: beats.append(1))
+        held.write(root / f"held by {at.rank} of {at.world}", partial(beats.append, 1))
         writing = threading.Thread(target=snapshot.write, args=(folder / _name(at),))
         writing.start()
         middle = whole(trainers)
