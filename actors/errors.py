@@ -50,6 +50,8 @@ def reason(error: BaseException) -> str | None:
         return in_one_line(
             f"{choice} is no choice: give the name of a file in conf/{choice.partition('=')[0]}"
         )
+    if (override := _override(cause)) is not None:
+        return in_one_line(f"{override} does not fit the configuration: {cause}")
     if isinstance(cause, ValueError | Fault):
         return in_one_line(str(cause)) + _where(error)
     if isinstance(cause, OSError) and cause.errno in MACHINE:
@@ -124,6 +126,15 @@ def _choice(error: BaseException) -> str | None:
                 return found.input_line
             if isinstance(found, GroupDefault):
                 return f"{found.group}={found.value}"
+    return None
+
+
+def _override(error: BaseException) -> str | None:
+    """The override that Hydra could not apply, by an error that is not its own (a key within a list)."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_apply_overrides_to_config":
+            found = frame.f_locals.get("override")
+            return found.input_line if isinstance(found, Override) else None
     return None
 
 

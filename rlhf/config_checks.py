@@ -6,7 +6,9 @@ Imports neither torch nor Ray, so that a bad configuration is refused at once.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +31,7 @@ def typed(values: DictConfig) -> Config:
     except (OmegaConfBaseException, OverflowError) as error:  # a whole number beyond any float
         key = getattr(error, "full_key", None) or _misfit(values)
         raise ValueError(f"configuration key '{key}': {str(error).splitlines()[0]}") from None
+    _check_type("", config, Config)
     assert isinstance(config, Config)
     check(config)
     return config
@@ -42,6 +45,27 @@ def _misfit(values: DictConfig) -> str:
         except (OmegaConfBaseException, OverflowError):
             return key
     return "?"
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    """Refuses what OmegaConf lets through: a list within a list of texts, a group that refers to a single value."""
+    if get_origin(hint) in (Union, UnionType):
+        if value is None:
+            return
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    parts = get_args(hint)
+    if get_origin(hint) is list:
+        for i, part in enumerate(value):
+            _check_type(f"{key}[{i}]", part, parts[0])
+    elif get_origin(hint) is dict:
+        for name, part in value.items():
+            _check_type(f"{key}.{name}", part, parts[1])
+    elif hint is not Any and not isinstance(value, hint):
+        kind = "a group of keys" if is_dataclass(hint) else hint.__name__
+        raise ValueError(f"configuration key '{key}' must be {kind}, and is {value!r}")
+    elif is_dataclass(hint):
+        for name, of in get_type_hints(hint).items():
+            _check_type(f"{key}.{name}".lstrip("."), getattr(value, name), of)
 
 
 def check(config: Config) -> None:

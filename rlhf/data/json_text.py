@@ -25,6 +25,18 @@ def parsed(text: str | bytes) -> Any:
     return value
 
 
+def check_characters(value: Any, place: str) -> None:
+    """Refuses a value whose text cannot be written: JSON can spell half of a surrogate pair, which nothing else
+    takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place} holds {error.object[error.start]!r}, half of a surrogate pair and no character (a text cut "
+            "within an emoji has it); mend the text or leave the row out"
+        ) from error
+
+
 def deeper(value: Any, levels: int) -> bool:
     """Whether lists and objects are nested deeper than so many levels.
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.data.json_text import parsed
+from rlhf.data.json_text import check_characters, parsed
 from rlhf.types import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -72,6 +72,7 @@ def as_messages(value: Any, place: str) -> list[Message]:
             raise ValueError(
                 f"{place} looks like a list of messages, but is not JSON ({error}); write it with json.dumps"
             ) from error
+        check_characters(value, place)
     if not isinstance(value, list) or not value:
         raise ValueError(
             f'{place} must be messages such as [{{"role": "user", "content": "..."}}], not {value!r:.80}'

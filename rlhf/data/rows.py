@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.json_text import parsed
+from rlhf.data.json_text import check_characters, parsed
 
 ACCEPTED = (
     ".jsonl, .jsonl.gz, .json, .csv, .csv.gz, .parquet, a directory written by save_to_disk, "
@@ -169,15 +169,8 @@ def _json_list(source: str, path: Path) -> Iterator[Row]:
 
 
 def _of_characters(row: Row) -> Row:
-    """The row, if all its text can be written: JSON can spell half of a surrogate pair, which nothing else takes."""
     for name, value in row.values.items():
-        try:
-            json.dumps([name, value], ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{row.source}: the column {name!r} holds {error.object[error.start]!r}, half of a surrogate pair "
-                "and no character (a text cut within an emoji has it); mend the text or leave the row out"
-            ) from error
+        check_characters([name, value], f"{row.source}: the column {name!r}")
     return row
 
 

@@ -71,12 +71,9 @@ class Family:
         return [process for _, _, process in sorted(found)]
 
     def of(self, kind: str) -> list[psutil.Process]:
-        """Those of a kind that are there and not stopped."""
-        return [
-            p
-            for p in self.alive()
-            if re.match(TITLES[kind], title(p)) and p.status() != psutil.STATUS_STOPPED
-        ]
+        """Those of a kind that are there; stopped ones only if there are no others."""
+        found = [p for p in self.alive() if re.match(TITLES[kind], title(p))]
+        return [p for p in found if not _stopped(p)] or found
 
     def end(self) -> None:
         for process in self.alive():

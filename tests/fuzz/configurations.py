@@ -11,10 +11,10 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from actors.errors import in_one_line
 from actors.preflight import preflight
 from actors.stages.stage import Stages
 from rlhf.config_checks import typed
-from rlhf.shown import shown
 from rlhf.store import Store
 from tests.fuzz.trial import Trial
 from tests.tiny import save_policy, save_reward_model
@@ -119,7 +119,7 @@ def _change(draw: random.Random, keys: list[str]) -> tuple[str, tuple[str, ...]]
         return f"~{key}", (key, *_parts(key))
     value = draw.choice(VALUES)
     words = value if isinstance(value, list) else [value]  # a file that is not there is named itself
-    told = tuple(shown(" ".join(f"{word}: no ".split())) for word in words if isinstance(word, str))
+    told = tuple(in_one_line(f"{word}: no ") for word in words if isinstance(word, str))
     told += tuple(w for w in words if isinstance(w, str) and (w.startswith("${") or len(w) > 255))
     return f"{key}={_written(value)}", (key, *_parts(key), *told)
 

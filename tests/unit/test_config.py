@@ -106,6 +106,11 @@ def test_the_canned_refusals_are_the_microcosms():
             r"give policy.path .* policy.init_from and data.demonstrations",
         ),
         ([*GIVEN, "data.judge=microcosm"], r"data.judge=microcosm needs the microcosm's prompts"),
+        (
+            ["reward_models.helpful.canned=[[0,a]]"],
+            r"'reward_models.helpful.canned\[0\]' must be str, and is \[0, 'a'\]",
+        ),
+        (["rollout='${seed}'"], r"'rollout' must be a group of keys, and is 0"),
         (["resources.max_reward_replicas=1", "resources.reward.count=2"], r"max_reward_replicas=1 is below"),
     ],
 )

@@ -4,6 +4,7 @@ import errno
 import os
 
 import pytest
+from hydra import compose, initialize_config_module
 
 from actors.errors import reason, told
 from actors.fault import Fault
@@ -23,6 +24,12 @@ from actors.fault import Fault
 def test_of_users_and_the_machine(error, line):
     assert reason(error).startswith(line)
     assert told(error) == f"error: {reason(error)}"
+
+
+def test_of_an_override_that_ends_in_a_list():
+    with initialize_config_module("conf", version_base=None), pytest.raises(TypeError) as error:
+        compose("config", ["++stages.a.b=1"])
+    assert reason(error.value).startswith("++stages.a.b=1 does not fit the configuration: ")
 
 
 def test_of_a_fault(capsys):

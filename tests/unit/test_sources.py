@@ -211,6 +211,12 @@ def test_half_a_surrogate_pair_is_refused_by_row(name, text, message):
     refuses(put(name, text), message)
 
 
+def test_half_a_surrogate_pair_is_refused_in_messages_that_a_cell_spells():
+    spelled = '[{""role"": ""user"", ""content"": ""cut \\ud83d""}]'
+    with pytest.raises(ValueError, match=r"p.csv:3: 'prompt' holds '.ud83d', half of a surrogate pair"):
+        load_prompts(put("p.csv", f'prompt\nok\n"{spelled}"\n'))
+
+
 def test_a_whole_surrogate_pair_and_spelled_escapes_are_text():
     put("p.jsonl", b'{"prompt": "\\ud83d\\ude00 \\\\ud83d"}')
     assert read_rows("p.jsonl")[0].values == {"prompt": "😀 \\ud83d"}
