@@ -24,7 +24,6 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
-import json
 import os
 import re
 import zlib
