@@ -53,18 +53,18 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
         if value is None:
             return
         hint = next(part for part in get_args(hint) if part is not type(None))
-    parts = get_args(hint)
-    if get_origin(hint) is list:
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is not Any and not isinstance(value, kind):
+        what = "a group of keys" if is_dataclass(kind) else kind.__name__
+        raise ValueError(f"configuration key '{key}' must be {what}, and is {value!r}")
+    if kind is list:
         for i, part in enumerate(value):
             _check_type(f"{key}[{i}]", part, parts[0])
-    elif get_origin(hint) is dict:
+    elif kind is dict:
         for name, part in value.items():
             _check_type(f"{key}.{name}", part, parts[1])
-    elif hint is not Any and not isinstance(value, hint):
-        kind = "a group of keys" if is_dataclass(hint) else hint.__name__
-        raise ValueError(f"configuration key '{key}' must be {kind}, and is {value!r}")
-    elif is_dataclass(hint):
-        for name, of in get_type_hints(hint).items():
+    elif is_dataclass(kind):
+        for name, of in get_type_hints(kind).items():
             _check_type(f"{key}.{name}".lstrip("."), getattr(value, name), of)
 
 

@@ -110,6 +110,7 @@ def test_the_canned_refusals_are_the_microcosms():
             ["reward_models.helpful.canned=[[0,a]]"],
             r"'reward_models.helpful.canned\[0\]' must be str, and is \[0, 'a'\]",
         ),
+        (["stages='${seed}'"], r"'stages' must be list, and is 0"),
         (["rollout='${seed}'"], r"'rollout' must be a group of keys, and is 0"),
         (["resources.max_reward_replicas=1", "resources.reward.count=2"], r"max_reward_replicas=1 is below"),
     ],
