@@ -13,6 +13,7 @@ summary.json (keys sorted, no NaN):
     left_behind.PROPERTY                share of prompts whose mean judged score fell
     hacking.COUNTER.{base, aligned}     counters of `rlhf.evaluate.hacking`
     evaluations                         a list, by step: the points of `rlhf.evaluate.curve`
+    steps_left_out                      steps whose loss or gradient was not finite
     chosen_step, stopped_early          which of them the aligned policy is, or null; why training ended early, or ""
     judge                               "own", or "reward_models" when they judged themselves
     prompts, samples, clusters, cluster_by      evaluation prompts, responses to each of them by the aligned
@@ -83,6 +84,7 @@ def summary(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> dict[s
         },
         "hacking": counters,
         "evaluations": [asdict(p) for p in run.points],
+        "steps_left_out": _left_out(run),
         "chosen_step": run.choice.step if run.choice is not None else None,
         "stopped_early": run.stopped,
         "judge": "reward_models" if words.judged_by_rewards(run.aligned) else "own",
@@ -95,6 +97,10 @@ def summary(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> dict[s
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"summary.json: {key} is {value}")
     return found
+
+
+def _left_out(run: RunRecord) -> int:
+    return int(sum(row.get("skipped", 0.0) for row in run.metrics))
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -131,6 +137,7 @@ def html(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> str:
         counters=[_counter_row(name, values) for name, values in counters.items()],
         examples=before_after(run.base, run.aligned),
         waits=WAITS,
+        left_out=_left_out(run),
         time_bars=plots.time_bars(run.seconds, run.metrics),
     )
 

@@ -168,6 +168,14 @@ def test_no_text_turns_what_follows_it(tmp_path: Path) -> None:
     assert not set("\u202e\x00\x1b") & set(text)
 
 
+def test_steps_that_were_left_out_are_told(tmp_path: Path) -> None:
+    assert "steps were left out" not in page(record(), tmp_path)
+    rows = [row | {"skipped": float(row["step"] in (2, 3))} for row in metrics(5)]
+    run = replace(record(), metrics=rows)
+    assert "2 of 5 steps were left out: a loss or a gradient was not finite" in page(run, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["steps_left_out"] == 2
+
+
 def test_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     text = page(record(), tmp_path)
     assert not re.findall(r"https?:|//[a-z]", text)
