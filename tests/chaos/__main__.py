@@ -128,17 +128,22 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def document(results: Sequence[Result], faults: int, overrides: Sequence[str]) -> str:
-    passed = sum(not r.problems for r in results)
+def document(folder: Path, faults: int, overrides: Sequence[str]) -> str:
+    """Of all seeds that were run in a folder."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*/result.json"))]
+    passed = sum(not r["problems"] for r in results)
+    outcomes = [Outcome(**o) for r in results for o in r["outcomes"]]
     return (
         "# What may end or hang, and what it costs\n\n"
-        f"`python -m tests.chaos --seeds {len(results)} --faults {faults} --table`: the quick job on two cores; "
-        f"{passed} of {len(results)} seeds passed. Seconds are those from the fault until the next step was trained "
-        "that had not begun before it; a step by itself takes about half a second. Stopped: SIGSTOP for good, noticed "
-        "after `recovery.silence=15` seconds where the process is needed. Delayed: for 1 to 3 seconds. A driver that "
-        "is killed or terminated, and a disk that is full, end the command: the seconds are those of the same command "
-        "run again, Ray's start included.\n\n"
-        f"{table([o for r in results for o in r.outcomes])}\n"
+        f"`python -m tests.chaos --seeds {len(results)} --faults {faults} --table` runs the quick job under seeded "
+        "faults, and checks of each seed that every work item was trained once, that each step's metrics are there "
+        "once, that nothing is left of the command, and that the joint win rate is that of an undisturbed run.\n\n"
+        f"On two cores {passed} of {len(results)} seeds passed, with {len(outcomes)} faults. Seconds are those from "
+        "the fault until the next step was trained that had not begun before it; a step by itself takes about half a "
+        "second. Stopped: SIGSTOP for good, noticed after `recovery.silence=15` seconds where the process is needed. "
+        "Delayed: for 1 to 3 seconds. A driver that is killed or terminated, and a disk that is full, end the command: "
+        "the seconds are those of the same command run again, Ray's start included.\n\n"
+        f"{table(outcomes)}\n"
         f"Overrides: `{' '.join(overrides)}`.\n"
     )
 
@@ -152,7 +157,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--schedule", type=Path, help="a schedule.jsonl that was written before")
     parser.add_argument("--folder", type=Path, default=Path("outputs/chaos"), help="of all that is written")
     parser.add_argument("--alone", action="store_true", help="without the undisturbed run to compare with")
-    parser.add_argument("--table", nargs="?", type=Path, const=ROOT / "docs" / "recovery.md")
+    parser.add_argument(
+        "--table",
+        nargs="?",
+        type=Path,
+        const=ROOT / "docs" / "recovery.md",
+        help="a page of all seeds that the folder has, as Markdown",
+    )
     parser.add_argument("overrides", nargs="*", help="of the command's configuration")
     asked = parser.parse_intermixed_args(arguments)
 
@@ -170,7 +181,7 @@ def main(arguments: Sequence[str]) -> int:
         schedule = given if given is not None else random_schedule(seed, faults, only)
         results.append(run_seed(seed, schedule, folder / f"seed-{seed}", overrides, steps, by_itself, say))
     if asked.table is not None:
-        asked.table.write_text(document(results, faults, overrides))
+        asked.table.write_text(document(folder, faults, overrides))
     failed = sum(bool(r.problems) for r in results)
     say(f"{len(results) - failed} passed, {failed} failed")
     return 1 if failed else 0

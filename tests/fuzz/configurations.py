@@ -118,8 +118,9 @@ def _change(draw: random.Random, keys: list[str]) -> tuple[str, tuple[str, ...]]
     if kind < 0.16:
         return f"~{key}", (key, *_parts(key))
     value = draw.choice(VALUES)
-    words = value if isinstance(value, list) else [value]  # a file that is not there is named itself
-    told = tuple(in_one_line(f"{word}: no ") for word in words if isinstance(word, str))
+    words = value if isinstance(value, list) else [value]  # what is no data, or not there, is named itself
+    texts = [word for word in words if isinstance(word, str)]
+    told = tuple(in_one_line(f"{word}: {why}") for word in texts for why in ("no ", "this directory was not"))
     told += tuple(w for w in words if isinstance(w, str) and (w.startswith("${") or len(w) > 255))
     return f"{key}={_written(value)}", (key, *_parts(key), *told)
 
