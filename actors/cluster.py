@@ -101,6 +101,30 @@ class Cluster:
         ray.shutdown()
 
 
+class Births:
+    """The processes that a start of Ray makes, while it lasts. Made before it."""
+
+    def __init__(self) -> None:
+        self._before = {child.pid for child in psutil.Process().children()}
+        self._seen: set[int] = set()  # ended, by the last look
+
+    def ended(self) -> dict[int, str]:
+        """Names of those that have ended and were not waited for. (Ray does not look: it waits for what they would have
+        done.)"""
+        found = {}
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                if child.pid not in self._before and child.status() == psutil.STATUS_ZOMBIE:
+                    found[child.pid] = child.name()
+        return found
+
+    def dead(self) -> str | None:
+        """Which of them had ended before the last look too; None: none."""
+        found = self.ended()
+        lasting, self._seen = self._seen & found.keys(), set(found)
+        return f"{found[min(lasting)]} ended while Ray was started" if lasting else None
+
+
 def _processes() -> list[tuple[str, subprocess.Popen]]:
     """What Ray has started in this process, by name."""
     node = ray._private.worker._global_node

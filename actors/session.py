@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from actors.fault import Fault
 
 if TYPE_CHECKING:
-    from actors.cluster import Cluster
+    from actors.cluster import Births, Cluster
     from rlhf.config import Config
 
 
@@ -23,13 +23,16 @@ class Session:
     def __init__(self) -> None:
         self._background = ThreadPoolExecutor(1)
         self._starting: Future[Cluster] | None = None
+        self._births: Births | None = None  # of the start that is under way
+        self._renewed = False  # whether there was a Ray before
         self._roles: dict[str, tuple[str, Any]] = {}
 
     def start(self, config: Config) -> None:
         """Starts Ray, or the connection to it, in the background, unless that was done."""
         if self._starting is None:
-            from actors.cluster import Cluster
+            from actors.cluster import Births, Cluster
 
+            self._births = Births()
             self._starting = self._background.submit(Cluster, config)
 
     def hold(self, cluster: Cluster) -> None:
@@ -39,8 +42,24 @@ class Session:
 
     @property
     def cluster(self) -> Cluster:
+        """
+        Raises:
+            ValueError: there is none, and none starts.
+            Fault: the one before has ended, and no other starts; or a process that the start has made has ended.
+        """
         assert self._starting is not None
-        return self._starting.result()
+        try:
+            return self._starting.result()
+        except ValueError as error:
+            if self._renewed or (self._births is not None and self._births.ended()):
+                raise Fault(str(error)) from error
+            raise
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a Ray does not come up in this process any more."""
+        starting = self._starting
+        return starting is not None and (not starting.done() or starting.exception() is not None)
 
     def role(self, name: str, key: str, make: Callable[[], Any]) -> Any:
         """The running role of this name, made if there is none of this key."""
@@ -70,9 +89,11 @@ class Session:
     def fault(self) -> str | None:
         """What of a Ray of this session's own has ended; None: nothing, as far as is known."""
         starting = self._starting
-        if starting is None or not starting.done() or starting.exception() is not None:
+        if starting is None:
             return None
-        return starting.result().fault()
+        if not starting.done():
+            return None if self._births is None else self._births.dead()
+        return None if starting.exception() is not None else starting.result().fault()
 
     def renew(self, config: Config, entirely: bool) -> None:
         """Ends the roles, whatever state they are in, so that they are made anew; `entirely`, or when it does not
@@ -87,7 +108,7 @@ class Session:
                     raise
         self._roles = {}
         cluster.stop(by_force=True)
-        self._starting = None
+        self._starting, self._renewed = None, True
         return self.start(config)
 
     def stop(self, exiting: bool = False) -> None:

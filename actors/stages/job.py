@@ -6,6 +6,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from actors.afresh import afresh, restarts_before
 from actors.failures import fault
 from actors.roles import Roles
 from actors.session import Session
@@ -21,7 +22,8 @@ class Job:
 
     A stage's `make` may fail by a process that ended or is stuck, whichever it is and wherever: the roles are then made
     anew, on a new Ray if the old one does not answer, and `make` is called again, which goes on from its newest
-    checkpoint. A new command takes the same way in: it finds the folder that the last one left.
+    checkpoint. If that Ray does not start, the command begins anew. A new command takes the same way in: it finds the
+    folder that the last one left.
     """
 
     def __init__(self, stages: Stages, session: Session, run: Path, view: View, started: float) -> None:
@@ -31,7 +33,8 @@ class Job:
         self.skipped: list[str] = []
         self.why = ""  # why the stage was begun again last
         self._session, self._started = session, started
-        self._restarts = Restarts(self.config.recovery.restarts, self.config.recovery.backoff)
+        recovery = self.config.recovery
+        self._restarts = Restarts(recovery.restarts, recovery.backoff, restarts_before())
 
     def execute(self) -> None:
         self.seconds["start"] = time.perf_counter() - self._started
@@ -67,12 +70,12 @@ class Job:
         Raises:
             ValueError: it fails again and again without progress.
         """
-        self._restarts.progressed()
         self.why = ""
         while True:
             try:
                 with watched(self._session.fault):
-                    return attempt()
+                    attempt()
+                return self._restarts.progressed()
             except Exception as error:
                 why = self._session.fault() or fault(error)
                 if why is None:
@@ -84,5 +87,8 @@ class Job:
                         f"{label}: {why} (after {most} restarts without progress in between: recovery.restarts)"
                     ) from error
                 self.why = why
+                if self._session.stuck:
+                    self.view.line(f"{label}: {why}; the command begins anew")
+                    afresh(self._restarts.count)
                 self.view.line(f"{label}: {why}; its processes are started again")
                 self._session.renew(self.config, entirely)

@@ -19,16 +19,19 @@ class Restarts:
     (True, [3.0, 6.0, 3.0])
     """
 
-    def __init__(self, most: int, backoff: float, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self, most: int, backoff: float, count: int = 0, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        """count: of restarts in a row before."""
         self._most, self._backoff, self._sleep = most, backoff, sleep
-        self.count = 0
+        self.count = count
 
     def progressed(self) -> None:
         self.count = 0
 
     def again(self) -> bool:
         """Whether there may be another restart; if so, after a wait, twice as long as the one before."""
-        if self.count == self._most:
+        if self.count >= self._most:
             return False
         self._sleep(min(self._backoff * 2**self.count, LONGEST))
         self.count += 1
