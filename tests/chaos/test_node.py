@@ -17,7 +17,7 @@ from tests.chaos.test_chaos import SMALL
 from tests.e2e.command import COMMAND, environment
 
 STEPS = 12
-WAIT = 120.0  # seconds for any one thing
+WAIT = 200.0  # seconds for any one thing
 
 
 @pytest.fixture
