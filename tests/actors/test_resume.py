@@ -1,6 +1,7 @@
 """A stage that is interrupted and gone on with gives what it gives undisturbed, bit for bit.
 
-`RLHF_INTERRUPTIONS=10 pytest tests/actors/test_resume.py -k ended_and_gone_on` ends alignment at ten random steps.
+`RLHF_INTERRUPTIONS=10 pytest tests/actors/test_resume.py -k alignment_that_is_ended` ends alignment at ten random
+steps, with every algorithm; by itself two steps and two algorithms do (RLOO goes on in other tests here).
 """
 
 import json
@@ -30,7 +31,8 @@ from tests.actors.conftest import run
 from tests.actors.test_align import without_times
 
 pytestmark = pytest.mark.actors
-INTERRUPTIONS = int(os.environ.get("RLHF_INTERRUPTIONS", 2))
+ASKED = os.environ.get("RLHF_INTERRUPTIONS")
+INTERRUPTIONS = int(ASKED or 2)
 STEPS = 6 + INTERRUPTIONS  # of alignment
 ALGORITHMS = {
     "rloo": (),
@@ -91,7 +93,7 @@ def check_same(found, expected) -> None:
         np.testing.assert_array_equal(value, expected[1][name], err_msg=name)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS if ASKED else ("ppo", "lora"))
 def test_alignment_that_is_ended_and_gone_on_with(jobs, heard, undisturbed, algorithm):
     """SIGTERM after random steps; then the newest checkpoint is lost, as of a run that was killed."""
     expected = undisturbed(algorithm)
@@ -115,8 +117,7 @@ def test_alignment_that_is_ended_and_gone_on_with(jobs, heard, undisturbed, algo
     assert not work.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_alignment_goes_on_after_a_learner_rank_ended_or_was_stopped(jobs, undisturbed, number):
+def test_alignment_goes_on_after_a_learner_rank_was_stopped(jobs, undisturbed):
     """From the newest checkpoint, with new processes; none of the old ones is left."""
     expected = undisturbed("lora")
     job = jobs.make(
@@ -134,7 +135,7 @@ def test_alignment_goes_on_after_a_learner_rank_ended_or_was_stopped(jobs, undis
     def disturb():
         while lines(work / "metrics.jsonl") < 5:
             time.sleep(0.005)
-        os.kill(pids[1], number)
+        os.kill(pids[1], signal.SIGSTOP)
 
     threading.Thread(target=disturb, daemon=True).start()
     run(job, "align")
