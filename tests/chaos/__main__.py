@@ -19,6 +19,7 @@ import json
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -133,19 +134,24 @@ def document(folder: Path, faults: int, overrides: Sequence[str]) -> str:
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*/result.json"))]
     passed = sum(not r["problems"] for r in results)
     outcomes = [Outcome(**o) for r in results for o in r["outcomes"]]
-    return (
-        "# What may end or hang, and what it costs\n\n"
+    what = (
         f"`python -m tests.chaos --seeds {len(results)} --faults {faults} --table` runs the quick job under seeded "
         "faults, and checks of each seed that every work item was trained once, that each step's metrics are there "
-        "once, that nothing is left of the command, and that the joint win rate is that of an undisturbed run.\n\n"
+        "once, that nothing is left of the command, and that the joint win rate is that of an undisturbed run."
+    )
+    how = (
         f"On two cores {passed} of {len(results)} seeds passed, with {len(outcomes)} faults. Seconds are those from "
         "the fault until the next step was trained that had not begun before it; a step by itself takes about half a "
         "second. Stopped: SIGSTOP for good, noticed after `recovery.silence=15` seconds where the process is needed. "
         "Delayed: for 1 to 3 seconds. A driver that is killed or terminated, and a disk that is full, end the command: "
-        "the seconds are those of the same command run again, Ray's start included.\n\n"
-        f"{table(outcomes)}\n"
-        f"Overrides: `{' '.join(overrides)}`.\n"
+        "the seconds are those of the same command run again, Ray's start included."
     )
+    parts = ["# What may end or hang, and what it costs", _filled(what), _filled(how), table(outcomes)]
+    return "\n\n".join(parts) + f"\nOverrides: `{' '.join(overrides)}`.\n"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def main(arguments: Sequence[str]) -> int:
