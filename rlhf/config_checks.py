@@ -6,15 +6,14 @@ Imports neither torch nor Ray, so that a bad configuration is refused at once.
 from __future__ import annotations
 
 import itertools
-from dataclasses import is_dataclass
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.config import STAGES, Config, RewardModelConfig
 from rlhf.config_numbers import check_ranges
+from rlhf.config_types import check_type
 from rlhf.utility.kinds import check_utility
 
 DTYPES = ("float32", "bfloat16", "auto")
@@ -31,7 +30,7 @@ def typed(values: DictConfig) -> Config:
     except (OmegaConfBaseException, OverflowError) as error:  # a whole number beyond any float
         key = getattr(error, "full_key", None) or _misfit(values)
         raise ValueError(f"configuration key '{key}': {str(error).splitlines()[0]}") from None
-    _check_type("", config, Config)
+    check_type("", config, Config)
     assert isinstance(config, Config)
     check(config)
     return config
@@ -45,27 +44,6 @@ def _misfit(values: DictConfig) -> str:
         except (OmegaConfBaseException, OverflowError):
             return key
     return "?"
-
-
-def _check_type(key: str, value: Any, hint: Any) -> None:
-    """Refuses what OmegaConf lets through: a list within a list of texts, a group that refers to a single value."""
-    if get_origin(hint) in (Union, UnionType):
-        if value is None:
-            return
-        hint = next(part for part in get_args(hint) if part is not type(None))
-    kind, parts = get_origin(hint) or hint, get_args(hint)
-    if kind is not Any and not isinstance(value, kind):
-        what = "a group of keys" if is_dataclass(kind) else kind.__name__
-        raise ValueError(f"configuration key '{key}' must be {what}, and is {value!r}")
-    if kind is list:
-        for i, part in enumerate(value):
-            _check_type(f"{key}[{i}]", part, parts[0])
-    elif kind is dict:
-        for name, part in value.items():
-            _check_type(f"{key}.{name}", part, parts[1])
-    elif is_dataclass(kind):
-        for name, of in get_type_hints(kind).items():
-            _check_type(f"{key}.{name}".lstrip("."), getattr(value, name), of)
 
 
 def check(config: Config) -> None:
