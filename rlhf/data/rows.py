@@ -168,6 +168,7 @@ def _json_list(source: str, path: Path) -> Iterator[Row]:
 
 
 def _of_characters(row: Row) -> Row:
+    """The row, if all its text can be written."""
     for name, value in row.values.items():
         check_characters([name, value], f"{row.source}: the column {name!r}")
     return row
