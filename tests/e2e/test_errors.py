@@ -3,6 +3,7 @@
 To add a row: a name, the overrides that go wrong (after those of a run that works), and what the line must match.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -179,6 +180,15 @@ def test_a_home_folder_is_one_folder(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out puts"]
 
 
+def _lines(pid: int) -> list[str]:
+    """The command lines of a process's children; of one that has ended meanwhile, none."""
+    found = []
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(" ".join(child.cmdline()))
+    return found
+
+
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_what_was_started(place, which, tmp_path):
     """While Ray starts, and once it is there: to the command alone, as a scheduler sends it, and to its whole group."""
@@ -197,7 +207,7 @@ def test_a_signal_ends_what_was_started(place, which, tmp_path):
     if which == signal.SIGTERM:
         next(line for line in process.stdout if "ray: " in line)
     else:
-        while not (started := psutil.Process(process.pid).children()):
+        while not any("gcs_server" in line for line in _lines(process.pid)):
             time.sleep(0.1)
     started = psutil.Process(process.pid).children(recursive=True)
     assert started
