@@ -57,19 +57,26 @@ class BaselineEstimator:
         self._statistics.adopt(Path(path), keys)
 
     def update(self, models: Sequence[str], rollouts: Rollouts, raw: np.ndarray, source: str) -> None:
-        """Takes in the base policy's rewards of one work item. raw: float32 [B, M], a column for each model.
+        """Takes in the base policy's rewards of one work item. raw: float32 [B, M], a column for each model, NaN
+        where it does not apply to the prompt.
 
         source: names the sampling that the item is of, so that those of two runs are not taken for one.
         """
         ids = rollouts.prompt_ids[rollouts.group]
+        item = (source, rollouts.item)
         for column, model in enumerate(models):
-            self._statistics.add_samples(model, ids, raw[:, column], (source, rollouts.item))
+            applies = ~np.isnan(raw[:, column])
+            self._statistics.add_samples(model, ids[applies], raw[applies, column], item)
+            if not applies.all():
+                self._statistics.add_absent(model, ids[~applies], item)
 
     def update_canned(
         self, model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: tuple[str, int]
     ) -> None:
-        """Takes in rewards of canned responses. prompt_ids: uint64 [N], rewards: float32 [N]"""
-        self._statistics.add_canned(model, prompt_ids, rewards, item)
+        """Takes in rewards of canned responses, NaN where the reward does not apply. prompt_ids: uint64 [N], rewards:
+        float32 [N]"""
+        applies = ~np.isnan(rewards)
+        self._statistics.add_canned(model, prompt_ids[applies], rewards[applies], item)
 
     def update_column(self, model: str, prompt_ids: np.ndarray, values: np.ndarray) -> None:
         """Takes in reference rewards that came with the data set. prompt_ids: uint64 [N], values: float32 [N]"""

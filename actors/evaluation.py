@@ -12,9 +12,10 @@ from actors.generator_pool import Sampled
 from actors.reward_pool import RewardPool
 from actors.roles import Roles
 from actors.work import work_items
-from rlhf.config import Config, RewardModelConfig
+from rlhf.config import Config
 from rlhf.evaluate.judges import judge_for
 from rlhf.evaluate.samples import PolicySamples
+from rlhf.sources.source import Source, rewards_of
 from rlhf.types import Prompt, Rollouts
 from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
 
@@ -86,28 +87,28 @@ class Evaluation:
         self, statistics: BaselineStatistics, name: str, rule: ReferenceRule, scores: np.ndarray
     ) -> None:
         statistics.add_samples(name, np.repeat(self.ids, scores.shape[1]), scores.ravel(), 0)
-        model = self._config.evaluators[name]
+        own = rewards_of(self._config.evaluators)[name]
         contents = [p.content for p in self._prompts]
-        for i, canned in enumerate(model.canned if rule.kind == "canned" else []):
-            score = partial(self._roles.evaluators.canned, name, contents, [canned] * len(contents))
+        for i, canned in enumerate(own.canned if rule.kind == "canned" else []):
+            score = partial(self._roles.evaluators.texts, name, contents, [canned] * len(contents))
             rewards = Call(f"scoring of evaluators.{name}.canned", score, self._silence).result()
             statistics.add_canned(name, self.ids, rewards, i)
         if rule.kind == "column":
-            values = [float(p.meta[str(model.column)]) for p in self._prompts]
+            values = [float(p.meta[str(own.column)]) for p in self._prompts]
             statistics.add_column(name, self.ids, np.array(values, np.float32))
 
 
 def _scores(
-    pool: RewardPool, models: Mapping[str, RewardModelConfig], sampled: list[Sampled], silence: float
+    pool: RewardPool, sources: Mapping[str, Source], sampled: list[Sampled], silence: float
 ) -> dict[str, np.ndarray]:
-    """Raw rewards by model, float32 [prompts, n]."""
+    """Raw rewards by name, float32 [prompts, n], NaN where one does not apply."""
     prompts = sum(s.item.groups for s in sampled)
     calls = [
         Call(f"scoring of evaluation item {s.item.id}", partial(pool.raw, s.rollouts), silence)
         for s in sampled
     ]
     raw = np.concatenate([call.result() for call in calls])
-    return {name: raw[:, i].reshape(prompts, -1) for i, name in enumerate(models)}
+    return {name: raw[:, i].reshape(prompts, -1) for i, name in enumerate(rewards_of(sources))}
 
 
 def rollouts(sampled: list[Sampled]) -> list[Rollouts]:

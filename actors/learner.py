@@ -184,6 +184,10 @@ class LearnerRank:
             for step in range(start, stop)
         ]
 
+    def values(self, data: Any, indices: np.ndarray) -> np.ndarray:
+        """What each of these rows is measured by, float32 [len(indices)]."""
+        return self.trainer.values(data, indices)
+
     def align(
         self, batch: list[tuple[Any, Any]], coefficients: Coefficients
     ) -> tuple[dict[str, float], tuple[Span, ...]] | Lost:

@@ -78,6 +78,11 @@ class LearnerGroup:
         parts = self._done([rank.fit.remote(data, training, seed, start, stop) for rank in self.ranks])
         return [merged(step) for step in zip(*parts, strict=True)]
 
+    def values(self, data: ray.ObjectRef, indices: np.ndarray) -> np.ndarray:
+        """What the objective measures each of these rows by (margins of pairs), float32 [len(indices)]."""
+        first, *_ = self._done([rank.values.remote(data, indices) for rank in self.ranks])
+        return first
+
     def align(self, batch: list[tuple], coefficients: Coefficients) -> list[ray.ObjectRef]:
         """Starts the training on a batch; the references of the ranks' metrics."""
         self._watch.begin()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from actors.resources import check_machine
-from rlhf.config import Config, RewardModelConfig
+from rlhf.config import Config
 from rlhf.data.prepare import RunData, check_lengths, prepare
 from rlhf.models.source import trust_remote_code
+from rlhf.sources.source import rewards_of
 from rlhf.store import Store
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def preflight(config: Config, store: Store) -> RunData:
     data = prepare(config, store)
     _check_names(config, data)
     _check_policy(config, data)
-    _check_reward_models(config, data)
+    _check_sources(config, data)
     return data
 
 
@@ -38,9 +38,9 @@ def _check_names(config: Config, data: RunData) -> None:
     name = config.algorithm.advantage
     if name not in ADVANTAGES:
         raise ValueError(f"algorithm.advantage={name} is not one of {', '.join(sorted(ADVANTAGES))}")
-    for model in config.reward_models.values():
-        if model.reference == "column":
-            data.column(model.column)
+    for own in rewards_of(config.reward_models).values():
+        if own.reference == "column":
+            data.column(own.column)
     known = config.baseline.known
     if known is not None and not Path(known).is_file():
         raise ValueError(f"baseline.known={known} is not a file; give the statistics.npz of an earlier run")
@@ -80,46 +80,27 @@ def _check_policy(config: Config, data: RunData) -> None:
     chat.check_table(found, [p.content for p in prompts], answers=policy.path is None)
 
 
-def _check_reward_models(config: Config, data: RunData) -> None:
+def _check_sources(config: Config, data: RunData) -> None:
     from rlhf.data.preferences import load_preferences
-    from rlhf.models.load import reward_config, start_config
+    from rlhf.models.load import start_config
 
     policy = config.policy
     base, base_key = (policy.path, "policy.path") if policy.path else (policy.init_from, "policy.init_from")
+    prompts = [*data.prompts, *data.eval_prompts]
     groups = {"reward_models": config.reward_models, "evaluators": config.evaluators}
-    for group, name, model in [(g, n, m) for g, models in groups.items() for n, m in models.items()]:
-        path, key = (model.path, "path") if model.path else (model.init_from, "init_from")
-        if path is not None:
-            key = f"{group}.{name}.{key}"
-            found = (reward_config if model.path is not None else start_config)(path, key)
-            _tell(path, key)
-            _check_conversations(name, model, path, key, found, data)
-        elif base is not None:
+    for key, source in [(f"{g}.{n}", s) for g, sources in groups.items() for n, s in sources.items()]:
+        source.preflight(key, prompts)
+        own = source.own
+        for name in ("path", "init_from"):
+            if source.uses_device and own.get(name) is not None:
+                _tell(own[name], f"{key}.{name}")
+        if source.trains() and own["init_from"] is None and base is not None:
             start_config(base, base_key)
-        if model.path is None and model.preferences is not None:
-            load_preferences(model.preferences, config.data.tolerated_share)
-
-
-def _check_conversations(
-    name: str, model: RewardModelConfig, path: str, key: str, found: Any, data: RunData
-) -> None:
-    """Every prompt must leave the model room for a response, of one word at least."""
-    from rlhf.data.chat import ChatFormat
-    from rlhf.data.rows import at
-    from rlhf.models.load import load_tokenizer
-    from rlhf.models.reach import max_positions
-
-    chat = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", model.chat_template)
-    limit, prompts = max_positions(found), [*data.prompts, *data.eval_prompts]
-    for prompt in prompts:
-        with at(prompt.source):
-            tokens = len(chat.conversation_tokens(prompt.content, "A"))
-        if limit is not None and tokens > limit:
-            raise ValueError(
-                f"{prompt.source}: the prompt and a response of one word are {tokens} tokens, but the reward model "
-                f"{key}={path} takes {limit}; shorten or remove the row, or give another model"
-            )
-    chat.check_table(found, [p.content for p in prompts])
+        if source.trains() and own["preferences"] is not None:
+            load_preferences(own["preferences"], config.data.tolerated_share)
+        for reward in source.names(key.rsplit(".", 1)[1]).values():
+            if reward.calibration is not None:
+                load_preferences(reward.calibration, config.data.tolerated_share)
 
 
 def _tell(path: str, key: str) -> None:

@@ -79,15 +79,12 @@ def room() -> str:
 
 def asked(config: Config) -> dict[str, float]:
     """CPUs and GPUs that all roles ask for together."""
-    r, models = config.resources, len(config.reward_models) + len(config.evaluators)
-    roles = [
-        (r.generators, r.generators.count),
-        (r.learner, r.learner.count),
-        (r.reward, r.reward.count * models),
-    ]
+    r, sources = config.resources, [*config.reward_models.values(), *config.evaluators.values()]
+    models = sum(source.uses_device for source in sources)
+    roles = (r.generators, r.learner)
     return {
-        "CPU": sum(role.cpus * count for role, count in roles),
-        "GPU": sum(role.gpus * count for role, count in roles),
+        "CPU": sum(role.cpus * role.count for role in roles) + r.reward.cpus * r.reward.count * len(sources),
+        "GPU": sum(role.gpus * role.count for role in roles) + r.reward.gpus * r.reward.count * models,
     }
 
 

@@ -1,6 +1,6 @@
-"""The reward-model pool: one Serve deployment for each reward model, and an ingress in front.
+"""The reward pool: one Serve deployment for each reward source, and an ingress in front.
 
-The ingress fans a batch of rollouts out to every model, asks the baseline for the prompts' reference rewards,
+The ingress fans a batch of rollouts out to every source, asks the baseline for the prompts' reference rewards,
 transforms and combines. Batches travel by reference, one call for each.
 """
 
@@ -11,10 +11,11 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
@@ -25,96 +26,118 @@ from actors.failures import PATIENCE
 from actors.fault import Fault
 from actors.resources import keep_memory, room, set_threads, yield_to_learners
 from actors.watchdog import deadline
-from rlhf.config import RecoveryConfig, ResourcesConfig, RewardModelConfig
+from rlhf.config import RecoveryConfig, ResourcesConfig
+from rlhf.sources.source import Batch, Place, RewardSource, Source, as_columns
 from rlhf.timeline import Recorder, Span
-from rlhf.types import Content, Rewards, Rollouts
+from rlhf.types import Content, Response, Rewards, Rollouts, prompt_id
 from rlhf.utility.pipeline import Utility
 from rlhf.utility.statistics import ReferenceRule
 
-if TYPE_CHECKING:
-    from rlhf.models.reward import RewardScorer
-
 log = logging.getLogger(__name__)
+
+Columns = Mapping[int, Mapping[str, Any]]
+"""Of each prompt, by its id, the other columns of its row."""
 
 ATTEMPTS = 5
 ENDS = 30.0  # seconds for an application to end
 POINTS = 256  # samples, at most, that a transform of a prompt's samples gets; of more, their quantiles
 
 
-class RewardModel:
-    """One replica of one reward model. A model that cannot be loaded is no failure of the replica, which Serve would
+class RewardReplica:
+    """One replica of one reward source. A source that cannot be opened is no failure of the replica, which Serve would
     start again and again: every call says why."""
 
     def __init__(
-        self, name: str, path: str, template: str | None, budget: int, dtype: str, cpus: float, gpus: float
+        self, name: str, source: Source, place: Place, columns: list[ray.ObjectRef], cpus: float
     ) -> None:
+        """columns: for sources that read them, of each prompt by its id."""
         set_threads(cpus)
         keep_memory()
         yield_to_learners()
-        from rlhf.models.reward import RewardScorer
-
-        device = "cuda" if gpus > 0 else "cpu"
         self._recorder = Recorder(f"reward {name}")
-        self._one_at_a_time = threading.Lock()  # Serve calls from several threads; the CPUs given are for one
+        self._one_at_a_time = threading.Lock()  # Serve calls from several threads
+        self._columns: Columns = ray.get(columns[0]) if columns else {}
         self._fault: ValueError | None = None
         try:
-            self._scorer = RewardScorer(name, path, template, budget, device, dtype)
+            self._source = source.open(name, place)
         except ValueError as error:
             self._fault = error
 
     def fault(self) -> str | None:
-        """Why the model cannot be used; None: it can."""
+        """Why the source cannot be used; None: it can."""
         return None if self._fault is None else str(self._fault)
 
     def notes(self) -> list[str]:
-        """What to tell of how the model is called."""
-        return self._ready().classifier.notes
+        """What to tell of how the source is called."""
+        return self._ready().notes
 
-    def _ready(self) -> RewardScorer:
+    def _ready(self) -> RewardSource:
         if self._fault is not None:
             raise self._fault
-        return self._scorer
+        return self._source
 
     def score(self, rollouts: list[ray.ObjectRef]) -> tuple[np.ndarray, tuple[Span, ...]]:
-        """Rewards of the responses of one `Rollouts`, float32 [B], and what was done for them."""
+        """Rewards of the responses of one `Rollouts`, float32 [B, H], NaN where they do not apply, and what was
+        done for them."""
         batch: Rollouts = ray.get(rollouts[0])
-        with self._one_at_a_time:
-            with self._recorder.span("score"):
-                rewards = self._ready().score([batch.prompts[g] for g in batch.group], batch.texts)
-            return rewards, self._recorder.take()
+        return self._scored(
+            Batch(
+                [batch.prompts[g] for g in batch.group],
+                batch.texts,
+                [batch.tokens[b] for b in range(batch.responses)],
+                batch.finished,
+                columns_of(self._columns, batch.prompt_ids[batch.group].tolist()),
+            )
+        )
 
-    def score_texts(self, contents: Sequence[Content], responses: Sequence[str]) -> np.ndarray:
-        with self._one_at_a_time:
-            return self._ready().score(contents, responses)
+    def score_texts(self, contents: Sequence[Content], responses: Sequence[Response]) -> np.ndarray:
+        """Rewards of given responses, float32 [B, H]."""
+        ids = [prompt_id(content) for content in contents] if self._columns else []
+        return self._scored(Batch(contents, responses, columns=columns_of(self._columns, ids)))[0]
+
+    def _scored(self, batch: Batch) -> tuple[np.ndarray, tuple[Span, ...]]:
+        source = self._ready()
+        with self._one_at_a_time if source.alone else nullcontext():
+            with self._recorder.span("score"):
+                rewards = as_columns(source.score(batch))
+            return rewards, self._recorder.take()
 
 
 class RewardIngress:
-    """Rewards rollouts by all models. A call lost with its replica is made again on another."""
+    """Rewards rollouts by all sources. A call lost with its replica is made again on another."""
 
-    def __init__(self, models: Mapping[str, Any], baseline: Any) -> None:
-        self._models, self._baseline = dict(models), baseline
+    def __init__(
+        self, sources: Mapping[str, Any], rewards: Mapping[str, Sequence[str]], baseline: Any
+    ) -> None:
+        """rewards: of each source the names of those that it gives."""
+        self._sources, self._baseline = dict(sources), baseline
+        self._rewards = {name: list(given) for name, given in rewards.items()}
+        self._columns = [reward for given in rewards.values() for reward in given]
 
     async def faults(self) -> list[str]:
-        """Why models cannot be used; empty: they can."""
-        found = await asyncio.gather(*(self._call(m, "fault") for m in self._models))
+        """Why sources cannot be used; empty: they can."""
+        found = await asyncio.gather(*(self._call(s, "fault") for s in self._sources))
         return [fault for fault in found if fault is not None]
 
     async def notes(self) -> list[str]:
-        """What to tell of how models are called."""
-        found = await asyncio.gather(*(self._call(m, "notes") for m in self._models))
+        """What to tell of how sources are called."""
+        found = await asyncio.gather(*(self._call(s, "notes") for s in self._sources))
         return [note for notes in found for note in notes]
 
     async def raw(self, rollouts: list[ray.ObjectRef]) -> np.ndarray:
-        """Raw rewards of one `Rollouts`, float32 [B, M]."""
+        """Raw rewards of one `Rollouts`, float32 [B, M], NaN where one does not apply."""
         return (await self._scored(rollouts))[0]
 
     async def _scored(self, rollouts: list[ray.ObjectRef]) -> tuple[np.ndarray, tuple[Span, ...]]:
-        found = await asyncio.gather(*(self._call(m, "score", rollouts) for m in self._models))
-        return np.stack([rewards for rewards, _ in found], 1), tuple(s for _, spans in found for s in spans)
+        found = await asyncio.gather(*(self._call(s, "score", rollouts) for s in self._sources))
+        return np.concatenate([r for r, _ in found], 1), tuple(s for _, spans in found for s in spans)
 
-    async def canned(self, model: str, contents: Sequence[Content], responses: Sequence[str]) -> np.ndarray:
-        """Rewards of given responses by one model, float32 [N]."""
-        return await self._call(model, "score_texts", contents, responses)
+    async def texts(
+        self, reward: str, contents: Sequence[Content], responses: Sequence[Response]
+    ) -> np.ndarray:
+        """One reward of given responses, float32 [N]."""
+        source, given = next((s, g) for s, g in self._rewards.items() if reward in g)
+        return (await self._call(source, "score_texts", contents, responses))[:, given.index(reward)]
 
     async def rewards(
         self,
@@ -124,7 +147,7 @@ class RewardIngress:
         statistics: str,
     ) -> Rewards:
         """What the learner maximises, for one `Rollouts`, with references from frozen statistics (a file)."""
-        assert tuple(self._models) == tuple(utility.weights) == tuple(rules)
+        assert self._columns == list(utility.weights) == list(rules)
         started = time.perf_counter()
         batch: Rollouts = await rollouts[0]
         points = POINTS if utility.needs_samples else 0
@@ -137,10 +160,10 @@ class RewardIngress:
         rewards = utility.rewards(batch, raw, references)
         return replace(rewards, seconds=time.perf_counter() - started, spans=spans)
 
-    async def _call(self, model: str, method: str, *arguments: Any) -> Any:
+    async def _call(self, source: str, method: str, *arguments: Any) -> Any:
         for attempt in range(ATTEMPTS):
             try:
-                return await getattr(self._models[model], method).remote(*arguments)
+                return await getattr(self._sources[source], method).remote(*arguments)
             except RayActorError:
                 if attempt + 1 == ATTEMPTS:
                     raise
@@ -152,19 +175,25 @@ class RewardPool:
     """The running application, seen from the driver.
 
     Raises:
-        ValueError: a model cannot be used; it says which and why. Nothing is then left of the application.
+        ValueError: a source cannot be used; it says which and why. Nothing is then left of the application.
     """
 
     def __init__(
         self,
-        models: Mapping[str, RewardModelConfig],
+        sources: Mapping[str, Source],
         paths: Mapping[str, str],
+        columns: Callable[[], Columns],
         resources: ResourcesConfig,
         budget: int,
         dtype: str,
         baseline: Any,
         recovery: RecoveryConfig,
     ) -> None:
+        """
+        Args:
+            paths: of models that were trained here.
+            columns: those of the prompts' data set, for sources that read them.
+        """
         self._silence = recovery.silence
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
@@ -175,21 +204,26 @@ class RewardPool:
             ray_actor_options={"num_cpus": 0},
             **_checked(recovery),
         )
+        read = any(source.reads_columns for source in sources.values())
+        self._columns = [ray.put(columns())] if read else []  # kept for replicas that start later
+        device = "cuda" if resources.reward.gpus > 0 else "cpu"
         deployments = {
-            name: _deployment(name, resources, recovery).bind(
+            name: _deployment(name, source, resources, recovery).bind(
                 name,
-                paths[name],
-                model.chat_template,
-                budget,
-                dtype,
+                source,
+                Place(paths.get(name), device if source.uses_device else "cpu", dtype, budget),
+                self._columns if source.reads_columns else [],
                 resources.reward.cpus,
-                resources.reward.gpus,
             )
-            for name, model in models.items()
+            for name, source in sources.items()
         }
+        given = {name: list(source.names(name)) for name, source in sources.items()}
         try:
             target = serve.RunTarget(
-                app.bind(deployments, baseline), self._name, None, logging_config={"log_level": "ERROR"}
+                app.bind(deployments, given, baseline),
+                self._name,
+                None,
+                logging_config={"log_level": "ERROR"},
             )
             (self._handle,) = serve.run_many([target], wait_for_applications_running=False)
             self._wait(recovery.startup)
@@ -234,8 +268,9 @@ class RewardPool:
         """Starts the scoring of rollouts; the reference of their raw rewards, float32 [B, M]."""
         return self._started(self._handle.raw.remote([rollouts]))
 
-    def canned(self, model: str, contents: Sequence[Content], responses: Sequence[str]) -> ray.ObjectRef:
-        return self._started(self._handle.canned.remote(model, contents, responses))
+    def texts(self, reward: str, contents: Sequence[Content], responses: Sequence[Response]) -> ray.ObjectRef:
+        """Starts the scoring of given responses by one reward; the reference of float32 [N]."""
+        return self._started(self._handle.texts.remote(reward, contents, responses))
 
     def rewards(
         self,
@@ -265,13 +300,23 @@ def _checked(recovery: RecoveryConfig) -> dict[str, float]:
     }
 
 
-def _deployment(name: str, resources: ResourcesConfig, recovery: RecoveryConfig) -> Any:
+def columns_of(columns: Columns, ids: Sequence[int]) -> dict[str, list[Any]]:
+    """For each column its values of these prompts; None where a prompt has not got it.
+
+    >>> columns_of({1: {"a": 5}, 2: {"a": 6, "b": 7}}, [2, 1])
+    {'a': [6, 5], 'b': [7, None]}
+    """
+    rows = [columns.get(i, {}) for i in ids]
+    return {name: [row.get(name) for row in rows] for name in sorted({n for row in rows for n in row})}
+
+
+def _deployment(name: str, source: Source, resources: ResourcesConfig, recovery: RecoveryConfig) -> Any:
     role = resources.reward
     options: dict[str, Any] = {
         "name": f"reward-{name}",
         "max_ongoing_requests": 4,
         **_checked(recovery),
-        "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus},
+        "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus if source.uses_device else 0},
     }
     if resources.max_reward_replicas is not None:
         options["autoscaling_config"] = {
@@ -282,4 +327,4 @@ def _deployment(name: str, resources: ResourcesConfig, recovery: RecoveryConfig)
         }
     else:
         options["num_replicas"] = role.count
-    return serve.deployment(RewardModel).options(**options)
+    return serve.deployment(RewardReplica).options(**options)

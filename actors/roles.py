@@ -16,7 +16,7 @@ from actors.session import Session
 from actors.signals import hear_again
 from actors.stages.reward_models import RewardModels
 from actors.stages.stage import Stages
-from rlhf.config import RewardModelConfig
+from rlhf.sources.source import Source
 
 SLACK = 30.0  # seconds beyond its own limits that a role's start is waited for
 
@@ -56,21 +56,23 @@ class Roles:
 
     @property
     def rewards(self) -> RewardPool:
-        return self._pool("rewards", self.config.reward_models, self.stages.of(RewardModels).paths)
+        return self._pool("rewards", self.config.reward_models, self._paths("reward_models"))
 
     @property
     def evaluators(self) -> RewardPool:
-        return self._pool("evaluators", self.config.evaluators, self.stages.of(RewardModels).evaluator_paths)
+        return self._pool("evaluators", self.config.evaluators, self._paths("evaluators"))
 
-    def _pool(
-        self, name: str, models: Mapping[str, RewardModelConfig], paths: Mapping[str, str]
-    ) -> RewardPool:
-        templates = {n: m.chat_template for n, m in models.items()}
+    def _paths(self, group: str) -> dict[str, str]:
+        return self.stages.of(RewardModels).paths(group)
+
+    def _pool(self, name: str, sources: Mapping[str, Source], paths: Mapping[str, str]) -> RewardPool:
         budget, resources = self.config.deepspeed.micro_batch_tokens * 2, self.config.resources
-        baseline = self.baseline.actor
+        baseline, data = self.baseline.actor, self.stages.data
+        read = any(source.reads_columns for source in sources.values())
         parts = (
+            {name: (source.kind, source.own) for name, source in sources.items()},
             paths,
-            templates,
+            data.prompts_fingerprint() if read else None,
             resources.reward,
             resources.max_reward_replicas,
             budget,
@@ -78,13 +80,8 @@ class Roles:
             baseline,  # another one is asked
             self.config.recovery.silence,
         )
-        return self._role(
-            name,
-            parts,
-            lambda: RewardPool(
-                models, paths, resources, budget, self.config.dtype, baseline, self.config.recovery
-            ),
-        )
+        settings = (resources, budget, self.config.dtype, baseline, self.config.recovery)
+        return self._role(name, parts, lambda: RewardPool(sources, paths, data.columns, *settings))
 
     @contextmanager
     def start_beside(self, role: str) -> Iterator[None]:

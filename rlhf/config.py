@@ -82,24 +82,13 @@ class PolicyConfig:
 
 
 @dataclass
-class RewardModelConfig:
-    path: str | None  # a finished sequence classifier with one label: not trained
-    init_from: str | None  # the model that training starts from; null: the base policy
-    preferences: Any  # pairs to train on, as data.prompts; null: the microcosm's, by the model's name
-    chat_template: str | None
-    training: TrainingConfig | None  # null only where path is given
-    weight: float  # of its utility in the combination
-    reference: str  # r_ref: quantile | canned | mean | constant | column
-    canned: list[str]  # responses whose mean reward is r_ref, for reference=canned
-    constant: float  # r_ref, for reference=constant
-    column: str | None  # of the prompts' data set, which holds r_ref, for reference=column
-
-
-@dataclass
 class UtilityConfig:
     transform: str  # a name in rlhf.utility.kinds
     combine: str  # a name in rlhf.utility.kinds, or an expression: "helpful & ~(verbose | sycophantic)"
     parameters: dict[str, float]  # of the transform and the combination
+    calibrated: (
+        bool  # divide Bradley-Terry rewards by their fitted temperatures first (rlhf/utility/calibration.py)
+    )
 
 
 @dataclass
@@ -258,10 +247,8 @@ class Config:
     trust_remote_code: bool  # run code that comes with a given model or tokenizer
     data: DataConfig
     policy: PolicyConfig
-    reward_models: dict[str, RewardModelConfig]
-    evaluators: dict[
-        str, RewardModelConfig
-    ]  # trained apart, never optimised: they judge by the model of the same name
+    reward_models: dict[str, Any]  # sources of rewards (rlhf/sources/source.py), typed by their kinds
+    evaluators: dict[str, Any]  # likewise, never optimised: they judge by the reward of the same name
     utility: UtilityConfig
     baseline: BaselineConfig
     algorithm: AlgorithmConfig

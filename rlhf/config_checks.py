@@ -6,14 +6,17 @@ Imports neither torch nor Ray, so that a bad configuration is refused at once.
 from __future__ import annotations
 
 import itertools
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf.config import STAGES, Config, RewardModelConfig
+from rlhf.config import STAGES, Config
 from rlhf.config_numbers import check_ranges
 from rlhf.config_types import check_type
+from rlhf.sources.kinds import source_class
+from rlhf.sources.source import Source, rewards_of
 from rlhf.utility.kinds import check_utility
 
 DTYPES = ("float32", "bfloat16", "auto")
@@ -32,8 +35,42 @@ def typed(values: DictConfig) -> Config:
         raise ValueError(f"configuration key '{key}': {str(error).splitlines()[0]}") from None
     check_type("", config, Config)
     assert isinstance(config, Config)
+    for group in ("reward_models", "evaluators"):
+        found = {name: typed_source(f"{group}.{name}", v) for name, v in getattr(config, group).items()}
+        setattr(config, group, found)
     check(config)
     return config
+
+
+def typed_source(key: str, given: Any) -> Source:
+    """The settings of one reward source, by its kind.
+
+    Raises:
+        ValueError: a key is unknown, missing or of the wrong type, or the kind is not known; it names the key.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"configuration key '{key}' must be a group of keys, and is {given!r}")
+    kind = source_class(key, given.get("kind"))
+    missing = [f.name for f in fields(kind) if f.name not in given and _required(f)]
+    if missing:
+        raise ValueError(
+            f"configuration key '{key}.{missing[0]}' is missing: begin with a source of conf/source, as in "
+            f"+source@{key}={given['kind']}"
+        )
+    try:
+        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
+    except (OmegaConfBaseException, OverflowError) as error:
+        place = getattr(error, "full_key", None)
+        raise ValueError(
+            f"configuration key '{key}{f'.{place}' if place else ''}': {str(error).splitlines()[0]}"
+        ) from None
+    check_type(key, found, kind)
+    assert isinstance(found, Source)
+    return found
+
+
+def _required(field: Field) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _misfit(values: DictConfig) -> str:
@@ -59,9 +96,9 @@ def _refuse(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _all_models(config: Config) -> list[tuple[str, RewardModelConfig]]:
+def _all_sources(config: Config) -> list[tuple[str, Source]]:
     groups = {"reward_models": config.reward_models, "evaluators": config.evaluators}
-    return [(f"{group}.{name}", m) for group, models in groups.items() for name, m in models.items()]
+    return [(f"{group}.{name}", s) for group, sources in groups.items() for name, s in sources.items()]
 
 
 def _check_names(config: Config) -> None:
@@ -86,16 +123,17 @@ def _check_names(config: Config) -> None:
         "algorithm.kl": (config.algorithm.kl, ("reward", "loss")),
         "algorithm.kl_estimator": (config.algorithm.kl_estimator, ("k1", "k2", "k3")),
     }
-    for key, model in _all_models(config):
-        name = key.rsplit(".", 1)[1]
-        _refuse(not name.isidentifier(), f"{key}: a reward model's name must be letters, digits and _")
-        _refuse(name == "joint", f"{key}: 'joint' is taken; give the model another name")
-        choices[f"{key}.reference"] = (
-            model.reference,
-            ("quantile", "canned", "mean", "constant", "column"),
-        )
     for key, (value, allowed) in choices.items():
         _refuse(value not in allowed, f"{key}={value} is not one of {', '.join(map(str, allowed))}")
+    for group in ("reward_models", "evaluators"):
+        given: dict[str, str] = {}
+        for source, settings in getattr(config, group).items():
+            for name in settings.names(source):
+                key = f"{group}.{source}" + (f".heads.{name}" if name != source else "")
+                _refuse(not name.isidentifier(), f"{key}: a reward's name must be letters, digits and _")
+                _refuse(name == "joint", f"{key}: 'joint' is taken; give the reward another name")
+                _refuse(name in given, f"{key} and {given.get(name)} give rewards of one name; rename one")
+                given[name] = key
 
 
 def _check_numbers(config: Config) -> None:
@@ -225,7 +263,8 @@ def _check_schedule(key: str, schedule: Any) -> None:
 def _check_sources(config: Config) -> None:
     data = config.data
     given = {f"data.{key}": getattr(data, key) for key in ("prompts", "eval_prompts", "demonstrations")}
-    given |= {f"{key}.preferences": model.preferences for key, model in _all_models(config)}
+    for key, source in _all_sources(config):
+        given |= {f"{key}.{name}": getattr(source, name) for name in source.data_keys}
     for key, value in given.items():
         parts = value if isinstance(value, list) else [value]
         _refuse(
@@ -252,7 +291,7 @@ def _check_inputs(config: Config) -> None:
         )
         for name, model in models.items():
             _refuse(
-                model.path is None and model.preferences is None,
+                model.trains() and model.preferences is None,
                 f"give reward_models.{name}.path (a finished model) or reward_models.{name}.preferences",
             )
     else:
@@ -261,35 +300,21 @@ def _check_inputs(config: Config) -> None:
         )
         for name, model in models.items():
             _refuse(
-                model.path is None and model.preferences is None and name not in ("helpful", "harmless"),
+                model.trains() and model.preferences is None and name not in ("helpful", "harmless"),
                 f"give reward_models.{name}.path or .preferences: the microcosm has pairs for helpful and harmless",
             )
-    for key, model in _all_models(config):
+    for key, source in _all_sources(config):
+        source.check(key)
+    rewards = rewards_of(models)
+    for name in rewards_of(config.evaluators):
         _refuse(
-            model.path is None and model.training is None,
-            f"give {key}.path (a finished model) or {key}.training",
-        )
-        _refuse(
-            model.reference == "canned" and not model.canned,
-            f"{key}.reference=canned needs {key}.canned, a list of responses",
-        )
-        for text in model.canned:
-            _refuse(
-                any("\ud800" <= character <= "\udfff" for character in text),
-                f"{key}.canned: {text!r} holds half of a surrogate pair, which is no character",
-            )
-        _refuse(
-            model.reference == "column" and model.column is None,
-            f"{key}.reference=column needs {key}.column, a column of the prompts' data set",
-        )
-    for name in config.evaluators:
-        _refuse(
-            name not in models,
+            name not in rewards,
             f"evaluators.{name} judges what reward_models.{name} rewards, which is not there",
         )
     check_utility(
         config.utility.transform,
         config.utility.combine,
         config.utility.parameters,
-        {name: model.weight for name, model in models.items()},
+        {name: own.weight for name, own in rewards.items()},
+        {name: str(own.scale) for name, own in rewards.items()},
     )

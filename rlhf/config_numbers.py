@@ -71,7 +71,6 @@ RANGES: dict[type, dict[str, Range]] = {
         "initializer_range": POSITIVE,
     },
     c.LoraConfig: {"rank": POSITIVE, "alpha": POSITIVE},
-    c.RewardModelConfig: {"weight": ANY, "constant": ANY},
     c.UtilityConfig: {"parameters": ANY},
     c.BaselineConfig: {
         "samples": POSITIVE,
@@ -146,7 +145,7 @@ def check_ranges(config: c.Config) -> None:
 
 def _numbers(key: str, config: Any) -> Iterator[tuple[str, float, Range]]:
     """Every number with its key and its range."""
-    ranges = RANGES.get(type(config), {})
+    ranges = RANGES.get(type(config)) or getattr(config, "ranges", {})  # a source of rewards has its own
     for field in fields(config):
         name, value = f"{key}{field.name}", getattr(config, field.name)
         if field.name in ranges:

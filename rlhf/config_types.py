@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -24,5 +24,6 @@ def check_type(key: str, value: Any, hint: Any) -> None:
         for name, part in value.items():
             check_type(f"{key}.{name}", part, parts[1])
     elif is_dataclass(kind):
-        for name, of in get_type_hints(kind).items():
+        hints = get_type_hints(kind)
+        for name, of in ((field.name, hints[field.name]) for field in fields(kind)):
             check_type(f"{key}.{name}".lstrip("."), getattr(value, name), of)

@@ -14,6 +14,7 @@ from actors.signals import orderly
 from actors.stages.align_run import AlignRun
 from actors.stages.base_samples import BaseSamples
 from actors.stages.baseline import Baseline
+from actors.stages.reward_models import RewardModels
 from actors.stages.stage import Output, Stage, Stages
 from rlhf.changes import check_same, differences
 from rlhf.changes import told as changes_told
@@ -23,6 +24,7 @@ from rlhf.flow.history import FILE as HISTORY
 from rlhf.flow.history import copy_until
 from rlhf.logs import METRICS
 from rlhf.shown import redacted_values
+from rlhf.sources.source import rewards_of
 from rlhf.store import CHECKPOINTS, fingerprint
 from rlhf.utility.pipeline import Utility
 
@@ -49,9 +51,19 @@ class Align(Stage):
 
     @cached_property
     def utility(self) -> Utility:
-        weights = {name: model.weight for name, model in self.config.reward_models.items()}
-        utility = self.config.utility
-        return Utility(utility.transform, utility.combine, utility.parameters, weights)
+        utility, scales = self.config.utility, self.stages.of(RewardModels).scales()
+        return Utility(utility.transform, utility.combine, utility.parameters, self._weights, scales)
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        return {name: own.weight for name, own in rewards_of(self.config.reward_models).items()}
+
+    @property
+    def _units(self) -> Any:
+        """What the scales depend on."""
+        kinds = {n: (own.scale, own.error_rate) for n, own in rewards_of(self.config.reward_models).items()}
+        calibrated = self.config.utility.calibrated
+        return (kinds, self.stages.of(RewardModels).calibration_names if calibrated else None)
 
     @property
     def _output(self) -> Output:
@@ -68,7 +80,7 @@ class Align(Stage):
             code_version(*CODE),
             self.stages.of(Baseline).output_name,
             {name: vars(rule) for name, rule in self.stages.of(Baseline).rules.items()},
-            self.utility,
+            (c.utility.transform, c.utility.combine, c.utility.parameters, self._weights, self._units),
             c.algorithm,
             align,
             c.policy.lora,

@@ -12,6 +12,7 @@ from actors.stages.reward_models import RewardModels
 from actors.stages.sft import Sft
 from actors.stages.stage import Output, Stage
 from rlhf.code import code_version
+from rlhf.sources.source import Source, rewards_of
 from rlhf.store import fingerprint
 from rlhf.utility.statistics import ReferenceRule
 
@@ -28,21 +29,23 @@ class BaseSamples(Stage):
     def evaluator_rules(self) -> dict[str, ReferenceRule]:
         """Of what wins by an evaluator: the same in every run, whatever its own references are."""
         level = self.config.evaluate.level
-        return {
-            name: ReferenceRule(kind=m.reference, level=level, estimator="empirical", constant=m.constant)
-            for name, m in self.config.evaluators.items()
-        }
+        return {name: own.rule(level, "empirical") for name, own in self._evaluators.items()}
+
+    @property
+    def _evaluators(self) -> dict[str, Source]:
+        return rewards_of(self.config.evaluators)
 
     @cached_property
     def output_name(self) -> str:
         c, prompts = self.config, self.data.eval_prompts
-        columns = {n: m.column for n, m in c.evaluators.items() if m.reference == "column"}
+        evaluators = self._evaluators
+        columns = {n: own.column for n, own in evaluators.items() if own.reference == "column"}
         return fingerprint(
             "base samples",
             code_version("rlhf.evaluate.judges", "rlhf.utility.statistics"),
             self.stages.of(Baseline).keys,
             self.stages.of(RewardModels).evaluator_names,
-            {n: (m.chat_template, m.reference, m.canned, m.constant) for n, m in c.evaluators.items()},
+            {n: (own.reference, own.canned, own.constant) for n, own in evaluators.items()},
             {name: self.data.column(column, prompts) for name, column in columns.items()},
             c.evaluate.level if c.evaluators else None,
             [p.id for p in prompts],

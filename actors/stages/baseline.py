@@ -23,6 +23,7 @@ from actors.work import work_items
 from rlhf.code import code_version
 from rlhf.files import write_atomic
 from rlhf.progress import StageView
+from rlhf.sources.source import Source, rewards_of
 from rlhf.store import CHECKPOINTS, fingerprint, source_fingerprint
 from rlhf.types import Prompt
 from rlhf.utility.adaptive import AdaptiveSampling
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from actors.stages.job import Job
 
 EVERY = 60.0  # seconds between two snapshots
-SCORED_BY = ("rlhf.generate.transformers_engine", "rlhf.models.reward", "actors.work")
+SCORED_BY = ("rlhf.generate.transformers_engine", "rlhf.models.reward", "rlhf.sources.answers", "actors.work")
 """Modules on which the base policy's samples and their rewards depend."""
 
 
@@ -41,12 +42,13 @@ class Baseline(Stage):
 
     @cached_property
     def rules(self) -> dict[str, ReferenceRule]:
-        """What r_ref is, by reward model."""
+        """What r_ref is, by reward."""
         b = self.config.baseline
-        return {
-            name: ReferenceRule(kind=m.reference, level=b.level, estimator=b.estimator, constant=m.constant)
-            for name, m in self.config.reward_models.items()
-        }
+        return {name: own.rule(b.level, b.estimator) for name, own in self._rewards.items()}
+
+    @property
+    def _rewards(self) -> dict[str, Source]:
+        return rewards_of(self.config.reward_models)
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -62,12 +64,11 @@ class Baseline(Stage):
             r.dtype,
             c.dtype,
         )
-        names, models = self.stages.of(RewardModels).names, c.reward_models
-        return {n: fingerprint(sampled, name, models[n].chat_template) for n, name in names.items()}
+        return {n: fingerprint(sampled, name) for n, name in self.stages.of(RewardModels).names.items()}
 
     @cached_property
     def output_name(self) -> str:
-        b, models = self.config.baseline, self.config.reward_models
+        b, rewards = self.config.baseline, self._rewards
         adaptive = (
             (b.tolerance, b.max_samples, {n: vars(r) for n, r in self.rules.items()}) if b.tolerance else None
         )
@@ -81,8 +82,8 @@ class Baseline(Stage):
             b.exact,
             b.known and source_fingerprint(b.known),
             adaptive,
-            {n: m.canned for n, m in models.items() if m.reference == "canned"},
-            {n: self.data.column(m.column) for n, m in models.items() if m.reference == "column"},
+            {n: own.canned for n, own in rewards.items() if own.reference == "canned"},
+            {n: self.data.column(own.column) for n, own in rewards.items() if own.reference == "column"},
             self.config.seed,
         )
 
@@ -169,9 +170,10 @@ class _Sampling:
         references = ask("references", self._ids, self._rules, 0)
         found["references"] = {
             name: {
-                "r_ref": float(np.mean(r.r_ref)),
+                "r_ref": float(np.nanmean(r.r_ref)),
                 "standard_error": float(np.median(r.standard_error)),
                 "standard_error_max": float(np.max(r.standard_error)),
+                "absent": int(np.isnan(r.r_ref).sum()),  # prompts to which it does not apply
             }
             for name, r in references.items()
         }
@@ -261,14 +263,14 @@ class _Sampling:
         """Rewards of the canned responses to every prompt, on their way to the estimator."""
         updates = []
         contents, ids = [p.content for p in self._prompts], self._ids
-        for name, model in self._config.reward_models.items():
-            for i, canned in enumerate(model.canned if model.reference == "canned" else []):
+        for name, own in rewards_of(self._config.reward_models).items():
+            for i, canned in enumerate(own.canned if own.reference == "canned" else []):
                 item = (self._stage.output_name, i)
 
                 def update(
                     name: str = name, canned: str = canned, item: tuple[str, int] = item
                 ) -> ray.ObjectRef:
-                    rewards = self._job.roles.rewards.canned(name, contents, [canned] * len(contents))
+                    rewards = self._job.roles.rewards.texts(name, contents, [canned] * len(contents))
                     return self._actor.update_canned.remote(name, ids, rewards, item)
 
                 updates.append(Call(f"scoring of reward_models.{name}.canned", update, self._silence))
@@ -277,9 +279,9 @@ class _Sampling:
     def _columns(self) -> list[Call]:
         """Reference rewards that the data set brings."""
         updates = []
-        for name, model in self._config.reward_models.items():
-            if model.reference == "column":
-                ids, values = zip(*self._data.column(model.column), strict=True)
+        for name, own in rewards_of(self._config.reward_models).items():
+            if own.reference == "column":
+                ids, values = zip(*self._data.column(own.column), strict=True)
                 columns = np.array(ids, np.uint64), np.array(values, np.float32)
                 update = partial(self._actor.update_column.remote, name, *columns)
                 updates.append(Call(f"reference of reward_models.{name}", update, self._silence))

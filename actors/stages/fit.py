@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from rlhf.logs import MetricsWriter
 from rlhf.store import CHECKPOINTS
 
 if TYPE_CHECKING:
+    from actors.stages.held_out import HeldOut
     from actors.stages.job import Job
     from rlhf.learn.tasks import Task
 
@@ -29,9 +31,20 @@ def trained_by(config: Config) -> Any:
 
 
 def fit(
-    job: Job, name: str, task: Task, data: Any, tokenizer: str, training: TrainingConfig, folder: Path
+    job: Job,
+    name: str,
+    task: Task,
+    data: Any,
+    tokenizer: str,
+    training: TrainingConfig,
+    folder: Path,
+    held_out: Callable[[int], HeldOut] | None = None,
 ) -> None:
-    """Trains, from the newest checkpoint in `folder`, and saves the model there with its tokenizer and metrics."""
+    """Trains, from the newest checkpoint in `folder`, and saves the model there with its tokenizer and metrics.
+
+    Args:
+        held_out: given the step that is begun at, what measures the model meanwhile and saves its best step's.
+    """
     from rlhf.learn.tasks import save_tokenizer
 
     config = job.config
@@ -53,18 +66,22 @@ def fit(
             before=lambda _: writer.sync(),
         )
         reference = ray.put(data)
+        measured = None if held_out is None else held_out(step)
         while step < training.steps:
-            stop = min(step + CHUNK, training.steps)
+            stop = min(step + CHUNK, training.steps if measured is None else measured.next_stop(step))
             steps = learner.fit(reference, training, config.seed, step, stop)
             for i, metrics in enumerate(steps, step + 1):
                 writer.write(i, {"step": i, **metrics})
             step = stop
             job.progressed()
             progress.update(step, "  ".join(f"{k} {np.mean([m[k] for m in steps]):.3f}" for k in steps[0]))
+            if measured is not None:
+                measured.take(learner, step, lambda text: job.view.line(f"{name}: {text}"))
             if asked() or (step < training.steps and saver.due(step)):
                 saver.save(step, {})
             if asked():
                 return
         writer.close()
-        learner.save(folder)
+        if measured is None or not training.steps:
+            learner.save(folder)
         save_tokenizer(tokenizer, folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ class RunData:
             found.append((prompt.id, number))
         return found
 
+    def columns(self) -> dict[int, Mapping[str, Any]]:
+        """Of each prompt, by its id, the other columns of its row."""
+        return {p.id: p.meta for p in [*self.prompts, *self.eval_prompts]}
+
     def prompts_fingerprint(self) -> str:
         return fingerprint([p.id for p in self.prompts], [p.id for p in self.eval_prompts])
 
@@ -75,8 +79,10 @@ def prepare(config: Config, store: Store) -> RunData:
         ValueError: a file is missing, empty or malformed; it names the file and line, and what to do.
     """
     data = config.data
-    given = {name: _sources(model.preferences) for name, model in config.reward_models.items()}
-    apart = {name: _sources(model.preferences) for name, model in config.evaluators.items()}
+    given, apart = (
+        {name: _sources(source.preferences) for name, source in group.items() if source.trains()}
+        for group in (config.reward_models, config.evaluators)
+    )
     demonstrations = _sources(data.demonstrations)
     if data.microcosm is None:
         assert data.prompts is not None

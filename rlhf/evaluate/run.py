@@ -18,6 +18,7 @@ from rlhf.evaluate.hacking import Lexicon
 from rlhf.evaluate.record import RunRecord, load_samples
 from rlhf.evaluate.samples import PolicySamples
 from rlhf.logs import read_metrics
+from rlhf.sources.source import rewards_of
 from rlhf.utility.pipeline import Utility
 from rlhf.utility.statistics import BaselineStatistics, ReferenceRule
 from rlhf.versions import versions
@@ -53,7 +54,7 @@ def run_record(
                 config.utility.transform,
                 config.utility.combine,
                 config.algorithm.advantage,
-                ", ".join(config.reward_models),
+                ", ".join(rewards_of(config.reward_models)),
             )
         ),
         config=(run / "config.yaml").read_text(),

@@ -31,6 +31,8 @@ class MicroBatch:
     loss: Callable[[torch.nn.Module], tuple[torch.Tensor, Metrics]]
     tokens: int
     rows: tuple[str, ...] = ()  # what it is made of, as errors call it
+    values: Callable[[torch.nn.Module], torch.Tensor] | None = None  # of each row, what it is measured by
+    numbers: tuple[int, ...] = ()  # the rows in the data set
 
 
 class Objective(Protocol):
@@ -83,6 +85,13 @@ class PreferencePairs:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def part(self, rows: np.ndarray) -> PreferencePairs:
+        """These pairs alone; rows: int [n]."""
+        chosen, rejected = (
+            Ragged.of([column[i] for i in rows.tolist()], np.int32) for column in (self.chosen, self.rejected)
+        )
+        return PreferencePairs(chosen, rejected)
+
 
 @dataclass
 class BradleyTerry:
@@ -110,13 +119,16 @@ class BradleyTerry:
         batch = one_batch(self.classifier, rows, [i // 2 for i in range(len(rows))])
         order = torch.tensor(batch.rows).argsort()
 
-        def call(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:
+        def margins(model: torch.nn.Module) -> torch.Tensor:
             rewards = batch.scores(model, next(model.parameters()))[order]
-            margin = rewards[0::2] - rewards[1::2]
+            return rewards[0::2] - rewards[1::2]
+
+        def call(model: torch.nn.Module) -> tuple[torch.Tensor, Metrics]:
+            margin = margins(model)
             value = -torch.nn.functional.logsigmoid(margin).sum() / total
             return value, {"loss": value.item(), "accuracy": (margin > 0).sum().item() / total}
 
-        return MicroBatch(call, sum(len(row) for row in rows), _named("pair", pairs))
+        return MicroBatch(call, sum(len(row) for row in rows), _named("pair", pairs), margins, tuple(pairs))
 
 
 def _named(noun: str, numbers: Sequence[int]) -> tuple[str, ...]:

@@ -18,8 +18,9 @@ from rlhf.data.rows import Source, at
 from rlhf.learn.objectives import PreferencePairs, TokenPairs
 from rlhf.models.load import load_config, load_tokenizer
 from rlhf.models.reach import Reach, max_positions
+from rlhf.sources.source import rewards_of
 from rlhf.store import Store, fingerprint, source_fingerprint
-from rlhf.types import Content, Ragged, Response
+from rlhf.types import Content, Ragged, Response, prompt_id
 
 
 def demonstration_tokens(config: Config, tokenizer: str, source: Source) -> TokenPairs:
@@ -42,8 +43,9 @@ def demonstration_tokens(config: Config, tokenizer: str, source: Source) -> Toke
 
 def preference_tokens(
     key: str, template: str | None, start: str, source: Source, tolerated_share: float
-) -> PreferencePairs:
-    """Conversation tokens of a preference data set, for a reward model that starts from the model `start`.
+) -> tuple[PreferencePairs, np.ndarray]:
+    """Conversation tokens of a preference data set, for a reward model that starts from the model `start`, and the
+    ids of the pairs' prompts, uint64 [N].
 
     Args:
         key: of the reward model in the configuration.
@@ -56,7 +58,7 @@ def preference_tokens(
     name = key.rsplit(".", 1)[1]
     chat = ChatFormat(load_tokenizer(start, f"{key}.init_from"), f"reward model '{name}'", template)
 
-    def tokens(pair: Preference) -> tuple[np.ndarray, np.ndarray]:
+    def tokens(pair: Preference) -> tuple[np.ndarray, np.ndarray, int]:
         with at(pair.source):
             chosen, rejected = (
                 chat.conversation_tokens(pair.prompt, r) for r in (pair.chosen, pair.rejected)
@@ -71,10 +73,33 @@ def preference_tokens(
                 raise ValueError(
                     "'chosen' and 'rejected' are the same to the model's tokenizer; leave the row out"
                 )
-        return np.array(chosen, np.int32), np.array(rejected, np.int32)
+        return np.array(chosen, np.int32), np.array(rejected, np.int32), prompt_id(pair.prompt)
 
-    pairs = made_of_preferences(source, tolerated_share, tokens)
-    return PreferencePairs(*(Ragged.of(column, np.int32) for column in zip(*pairs, strict=True)))
+    chosen, rejected, ids = zip(*made_of_preferences(source, tolerated_share, tokens), strict=True)
+    return PreferencePairs(Ragged.of(chosen, np.int32), Ragged.of(rejected, np.int32)), np.array(
+        ids, np.uint64
+    )
+
+
+def held_out_pairs(key: str, prompt_ids: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which pairs are held out, bool [N]: about this share of them, all pairs of a prompt or none.
+
+    Args:
+        prompt_ids: uint64 [N], of the pairs.
+
+    Raises:
+        ValueError: all pairs are of one prompt; it names the key.
+    """
+    if share == 0:
+        return np.zeros(len(prompt_ids), bool)
+    prompts, pairs = np.unique(prompt_ids, return_counts=True)
+    if len(prompts) < 2:
+        raise ValueError(
+            f"{key}.held_out={share:g}: all pairs are of one prompt, so none can be held out; set it to 0"
+        )
+    order = np.random.default_rng([seed, 0x4E1D]).permutation(len(prompts))
+    most = np.searchsorted(np.cumsum(pairs[order]), share * len(prompt_ids)) + 1
+    return np.isin(prompt_ids, prompts[order[: min(int(most), len(prompts) - 1)]])
 
 
 def _check(tokens: int, limit: int | None) -> None:
@@ -102,8 +127,8 @@ def _texts(config: Config, data: RunData) -> Iterator[str]:
     for source in data.preferences.values():
         for pair in load_preferences(source, config.data.tolerated_share) if source else []:
             yield from (*_said(pair.prompt), *_said(pair.chosen), *_said(pair.rejected))
-    for model in config.reward_models.values():
-        yield from model.canned
+    for own in rewards_of(config.reward_models).values():
+        yield from own.canned
 
 
 def _said(content: Content | Response) -> list[str]:

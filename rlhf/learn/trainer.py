@@ -180,6 +180,21 @@ class Trainer:
                 found.append(call(self.engine, batch).float().cpu())
         return found
 
+    @torch.no_grad()
+    def values(self, data: Any, indices: np.ndarray) -> np.ndarray:
+        """What the objective measures each of these rows by (margins of pairs), float32 [len(indices)], the same on
+        every rank."""
+        assert self.objective is not None
+        parts = self.objective.micro_batches((data, indices), self.rank, self.world, self.budget)
+        found = torch.zeros(len(data))
+        for part in self._even(parts, MicroBatch(_nothing, 0)) if self.stage == 3 else parts:
+            self.beats += 1
+            if part.values is None:
+                part.loss(self.engine)
+            else:
+                found[list(part.numbers)] = part.values(self.engine).float().cpu()
+        return self.over_ranks(found)[indices].numpy()
+
     def over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         """Adds up a tensor over all ranks."""
         if self.world == 1:

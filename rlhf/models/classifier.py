@@ -1,4 +1,4 @@
-"""Sequence classifiers with one label, called on many conversations at once: the rewards of transformers, sooner."""
+"""Sequence classifiers, called on many conversations at once: the rewards of transformers, sooner."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 
 class Classifier(torch.nn.Module):
-    """A sequence classifier with one label, whose rewards are those of transformers on each conversation alone.
+    """A sequence classifier, whose rewards are those of transformers on each conversation alone: one of each, or one
+    for each label where there are several.
 
     It takes the first of these ways that gives the same, tried on random tokens (`_choose_way`):
 
@@ -42,6 +43,7 @@ class Classifier(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.inner = model
+        self.labels = int(model.config.num_labels)
         text = model.config.get_text_config()
         self.pad: int | None = getattr(text, "pad_token_id", None)
         self.reach = Reach.of(model.config)
@@ -67,9 +69,11 @@ class Classifier(torch.nn.Module):
         last: torch.Tensor | None = None,
         trees: Sequence[Tree] | None = None,
     ) -> torch.Tensor:
-        """Rewards: of the conversations that end at the flat positions `last`, or of each row, padded on the right."""
+        """Rewards: of the conversations that end at the flat positions `last`, or of each row, padded on the right;
+        [rows], of several labels [rows, labels]."""
         if not self.apart:
-            return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1)
+            logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
+            return logits.squeeze(-1) if self.labels == 1 else logits
         if last is None:
             body: Any = self.inner.base_model
             states = body(
@@ -88,7 +92,8 @@ class Classifier(torch.nn.Module):
                 trees=trees,
             )
         head: Any = self.inner.score
-        return head(states.flatten(0, 1)[last].to(head.weight.dtype)).squeeze(-1)
+        logits = head(states.flatten(0, 1)[last].to(head.weight.dtype))
+        return logits.squeeze(-1) if self.labels == 1 else logits
 
     @torch.no_grad()
     def compute_in(self, dtype: torch.dtype) -> None:
@@ -113,12 +118,13 @@ class Classifier(torch.nn.Module):
 def score_rows(
     model: torch.nn.Module, classifier: Classifier, rows: Sequence[Row], kin: Sequence[int], budget: int
 ) -> torch.Tensor:
-    """Rewards of token rows, float32 [rows], in batches of at most `budget` tokens (one conversation at least).
+    """Rewards of token rows, float32 [rows], of several labels [rows, labels], in batches of at most `budget` tokens
+    (one conversation at least).
 
     `model` is what is called: the classifier itself, or an engine around it. Neighbours of one `kin` begin alike.
     """
     if not rows:
-        return torch.empty(0)
+        return torch.empty(0) if classifier.labels == 1 else torch.empty(0, classifier.labels)
     parts, order = [], []
     for batch in batches(classifier, rows, kin, budget):
         parts.append(batch.scores(model, next(classifier.parameters())))
@@ -166,7 +172,8 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
 
     def plain() -> torch.Tensor:
         every = [model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in singles]
-        return torch.cat([logits.view(1).float() for logits in every])
+        own = torch.cat([logits.view(1, -1).float() for logits in every])
+        return own.squeeze(-1) if c.labels == 1 else own
 
     with _random_head(model):
         own = attempt(plain)

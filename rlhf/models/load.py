@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ArchitectureConfig
@@ -54,8 +54,8 @@ def policy_config(path: str, key: str = "policy.path") -> Any:
     return config
 
 
-def reward_config(path: str, key: str) -> Any:
-    """The configuration of a Bradley-Terry reward model.
+def reward_config(path: str, key: str, single: bool = True) -> Any:
+    """The configuration of a reward model; of one label, if `single`.
 
     Raises:
         ValueError: it is none; names the key, the path and what it is.
@@ -72,12 +72,33 @@ def reward_config(path: str, key: str) -> Any:
                 f"{key}={path} is a {name}, which has no head that makes rewards; give a sequence classifier, or train "
                 "one from it with init_from and preferences"
             )
-    if find_source(path, key).adapter is None and config.num_labels != 1:  # else the head is the adapter's
+    if single and find_source(path, key).adapter is None and config.num_labels != 1:  # else the adapter's
         raise ValueError(
-            f"{key}={path}: a reward model has one label, this sequence classifier has {config.num_labels}; save it "
-            "with num_labels=1"
+            f"{key}={path}: a reward model has one label, this sequence classifier has {config.num_labels}; name "
+            "those that are rewards (heads: {NAME: LABEL}), or save it with num_labels=1"
         )
     return config
+
+
+def labels_of(config: Any, key: str, path: str, heads: Mapping[str, Any] | None) -> list[int]:
+    """The labels of a classifier that its rewards are, in the order of `heads` (reward -> number or name of a label, or
+    a mapping with it under "label"); without heads its only one.
+
+    Raises:
+        ValueError: there is no such label; it names the key and what there is.
+    """
+    if not heads:
+        return [0]
+    names = {str(name): int(i) for i, name in (config.id2label or {}).items()}
+    found = []
+    for head, given in heads.items():
+        label = given["label"] if isinstance(given, Mapping) else given
+        index = label if isinstance(label, int) else names.get(label)
+        if index is None or not 0 <= index < config.num_labels:
+            known = _listed([f"{i} ({name})" for name, i in names.items()], most=8)
+            raise ValueError(f"{key}.{head}={label} is no label of {path}, which has {known}")
+        found.append(index)
+    return found
 
 
 def start_config(path: str, key: str) -> Any:
@@ -136,10 +157,10 @@ def load_policy(path: str, key: str = "policy.path", dtype: torch.dtype | None =
     return _load(CAUSAL, path, key, dtype)
 
 
-def load_reward_model(path: str, key: str) -> PreTrainedModel:
-    """A sequence classifier with one label, in evaluation mode, float32."""
-    reward_config(path, key)
-    return _load(CLASSIFIER, path, key, num_labels=1)
+def load_reward_model(path: str, key: str, single: bool = True) -> PreTrainedModel:
+    """A sequence classifier, of one label if `single`, in evaluation mode, float32."""
+    reward_config(path, key, single)
+    return _load(CLASSIFIER, path, key, num_labels=1) if single else _load(CLASSIFIER, path, key)
 
 
 def new_reward_model(path: str, key: str, seed: int, pad_token_id: int | None) -> PreTrainedModel:
@@ -165,12 +186,12 @@ def new_reward_model(path: str, key: str, seed: int, pad_token_id: int | None) -
 
 
 def head_of(model: PreTrainedModel) -> torch.nn.Linear | None:
-    """What makes a classifier's one score: the only linear layer with one output outside of its body."""
+    """What makes a classifier's scores: the only linear layer outside of its body with an output for each label."""
     import torch
 
     body = set() if model.base_model is model else set(model.base_model.modules())
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m not in body]
-    found = [m for m in linear if m.out_features == 1]
+    found = [m for m in linear if m.out_features == model.config.num_labels]
     return found[0] if len(found) == 1 else None
 
 

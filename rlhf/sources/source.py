@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from rlhf.config_numbers import ANY, POSITIVE, Range
 from rlhf.types import Content, Response
-from rlhf.utility.scales import Scale, check_scale
+from rlhf.utility.rules import ReferenceRule
+from rlhf.utility.scales import ZERO, Scale, check_scale
 
 if TYPE_CHECKING:
-    from rlhf.config_numbers import Range
     from rlhf.types import Prompt
 
-Rows = Sequence[Sequence[float | None]]
+Rows = Sequence[Sequence[float | None]] | np.ndarray
 """[H][B]: for each reward of a source the rewards of B responses. None: the reward does not apply to that prompt."""
 
 
@@ -25,7 +26,9 @@ class Batch:
 
     prompts: Sequence[Content]  # [B]
     responses: Sequence[Response]  # [B]; several turns only where pairs of a data set are scored
-    tokens: Sequence[np.ndarray] | None = None  # [B], int32: the policy's, with the one that ended the response
+    tokens: Sequence[np.ndarray] | None = (
+        None  # [B], int32: the policy's, with the one that ended the response
+    )
     finished: np.ndarray | None = None  # bool [B]: ended by the end-of-sequence token, else cut
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of the prompts' data set, [B] each
 
@@ -67,7 +70,15 @@ class RewardSource(Protocol):
         """
 
 
-@dataclass
+COMMON_RANGES = {
+    "error_rate": Range(0, 0.499),
+    "weight": ANY,
+    "constant": ANY,
+    "temperature": POSITIVE,
+}
+
+
+@dataclass(kw_only=True)
 class Source:
     """The settings that every source has; a kind adds its own, and how it is opened.
 
@@ -83,10 +94,13 @@ class Source:
     canned: list[str]  # responses whose mean reward is r_ref, for reference=canned
     constant: float  # r_ref, for reference=constant
     column: str | None  # of the prompts' data set, which holds r_ref, for reference=column
-    calibration: Any  # pairs, as data.prompts, on which the scale of a bradley_terry reward is fitted; null: none
+    calibration: (
+        Any  # pairs, as data.prompts, on which the scale of a bradley_terry reward is fitted; null: none
+    )
     temperature: float | None  # of a bradley_terry reward, known beforehand; null: the fitted one, or 1
 
-    ranges: ClassVar[Mapping[str, Range]] = {}  # of the numbers that the kind adds
+    ranges: ClassVar[Mapping[str, Range]] = COMMON_RANGES  # of all numbers: a kind adds its own
+    data_keys: ClassVar[tuple[str, ...]] = ("calibration",)  # of its keys, those that name data sets
     reads_columns: ClassVar[bool] = False  # whether it is given the columns of the prompts' data set
     uses_device: ClassVar[bool] = False  # whether a replica gets `resources.reward` (else a share of a CPU)
 
@@ -106,10 +120,20 @@ class Source:
         """
         check_scale(key, self)
 
+    @property
+    def place(self) -> str:
+        """Where it is, as lines call it."""
+        return str(self.own.get("path") or self.own.get("url"))
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The keys of its kind alone, and the scale."""
+        common = {f.name for f in fields(Source)} - {"scale"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
+
     def identity(self) -> Any:
         """All that its numbers depend on, as JSON can hold it: a name is made of it under which they are kept."""
-        common = {f.name for f in fields(Source)} - {"kind"}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
+        return self.own
 
     def preflight(self, key: str, prompts: Sequence[Prompt]) -> None:
         """What can be refused before Ray starts, with all prompts at hand.
@@ -130,3 +154,22 @@ class Source:
         """What its numbers mean, before any calibration."""
         assert self.scale is not None
         return Scale(self.scale, self.error_rate, 1.0 if self.temperature is None else self.temperature)
+
+    def rule(self, level: float, estimator: str) -> ReferenceRule:
+        """How its reference comes about; of a scale with a zero of its own that is a constant."""
+        assert self.scale is not None
+        if self.scale in ZERO:
+            return ReferenceRule("constant", level, estimator, ZERO[self.scale])
+        return ReferenceRule(self.reference or "quantile", level, estimator, self.constant)
+
+
+def rewards_of(sources: Mapping[str, Source]) -> dict[str, Source]:
+    """The rewards that these sources give, in order, each with its settings."""
+    return {reward: own for name, source in sources.items() for reward, own in source.names(name).items()}
+
+
+def as_columns(rows: Rows) -> np.ndarray:
+    """Rewards as float32 [B, H], NaN where they do not apply."""
+    if isinstance(rows, np.ndarray):
+        return rows.T.astype(np.float32)
+    return np.array([[np.nan if r is None else r for r in row] for row in rows], np.float32).T

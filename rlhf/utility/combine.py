@@ -8,8 +8,10 @@ as arXiv 2402.00742 does. `rlhf.utility.kinds.check_utility` says what goes with
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -23,6 +25,9 @@ from rlhf.utility.kinds import (
 )
 from rlhf.utility.transforms import Pair, log_complement
 
+Leaf = tuple[Pair, torch.Tensor | None]
+"""A pair, and where it applies, bool [...]; None: everywhere."""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -31,9 +36,19 @@ class Terms:
     kind: str  # of the utilities: "reward", "probability" or "log_probability" (rlhf.utility.kinds)
     utilities: torch.Tensor  # float32 [..., M]
     weights: torch.Tensor  # [M]
-    pairs: Sequence[
-        Pair
-    ] = ()  # (log p, log(1 - p)) of each model, float32 [...], where the combination needs them
+    pairs: Sequence[Pair] = ()  # (log p, log(1 - p)) of each, float32 [...], where the combination needs them
+    present: torch.Tensor | None = None  # bool [..., M]: which apply; the others are left out. None: all do
+
+    def filled(self, neutral: float) -> torch.Tensor:
+        """The utilities, with a value that changes nothing for those that do not apply."""
+        if self.present is None:
+            return self.utilities
+        return torch.where(self.present, self.utilities, neutral)
+
+    def leaves(self) -> list[Leaf]:
+        """For each model the pair and where it applies."""
+        applies = [None] * len(self.pairs) if self.present is None else self.present.unbind(-1)
+        return [_leaf(pair, where) for pair, where in zip(self.pairs, applies, strict=True)]
 
 
 Combination = Callable[..., torch.Tensor]
@@ -67,8 +82,8 @@ def combine(
     assert terms.utilities.shape[-1:] == terms.weights.shape == (len(models),)
     assert terms.kind in combination_kind(combination).kinds, (combination, terms.kind)
     if is_expression(combination):
-        leaves = dict(zip(models, terms.pairs, strict=True))
-        return _utility(evaluate(parse(combination, models), leaves), terms.kind)
+        leaves = dict(zip(models, terms.leaves(), strict=True))
+        return _utility(_evaluate(parse(combination, models), leaves)[0], terms.kind)
     return COMBINATIONS[combination](terms, **parameters)
 
 
@@ -78,12 +93,41 @@ def evaluate(expression: Expression, leaves: Mapping[str, Pair]) -> Pair:
     The relative error of both is below 1e-5, however near 0. That of their slopes is too, or 1e-7 times the
     greatest log among the leaves if that is more.
     """
+    return _evaluate(expression, {name: (pair, None) for name, pair in leaves.items()})[0]
+
+
+def _evaluate(expression: Expression, leaves: Mapping[str, Leaf]) -> Leaf:
+    """As if the models that do not apply were not in the expression."""
     if isinstance(expression, Model):
         return leaves[expression.name]
     if isinstance(expression, Not):
-        return _not(evaluate(expression.operand, leaves))
+        pair, applies = _evaluate(expression.operand, leaves)
+        return _not(pair), applies
     join = _and if isinstance(expression, And) else _or
-    return join(evaluate(expression.left, leaves), evaluate(expression.right, leaves))
+    return _joined(join, _evaluate(expression.left, leaves), _evaluate(expression.right, leaves))
+
+
+def _joined(join: Callable[[Pair, Pair], Pair], a: Leaf, b: Leaf) -> Leaf:
+    (left, in_left), (right, in_right) = a, b
+    both = join(left, right)
+    if in_left is None and in_right is None:
+        return both, None
+    in_left = torch.ones_like(both[0], dtype=torch.bool) if in_left is None else in_left
+    in_right = torch.ones_like(both[0], dtype=torch.bool) if in_right is None else in_right
+
+    def chosen(joined: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return torch.where(in_left & in_right, joined, torch.where(in_left, one, other))
+
+    found = (chosen(both[0], left[0], right[0]), chosen(both[1], left[1], right[1]))
+    return found, in_left | in_right
+
+
+def _leaf(pair: Pair, applies: torch.Tensor | None) -> Leaf:
+    """Where it does not apply there is any pair: it is not chosen, and its slope must be a number."""
+    if applies is None:
+        return pair, None
+    even = torch.tensor(math.log(0.5))
+    return (torch.where(applies, pair[0], even), torch.where(applies, pair[1], even)), applies
 
 
 def _not(a: Pair) -> Pair:
@@ -112,32 +156,32 @@ def _utility(pair: Pair, kind: str) -> torch.Tensor:
 @register("weighted_sum")
 def weighted_sum(terms: Terms) -> torch.Tensor:
     """sum_i w_i u_i, in the units of the weighted utilities. Slope w_i."""
-    return (terms.utilities * terms.weights.to(terms.utilities)).sum(-1)
+    return (terms.filled(0.0) * terms.weights.to(terms.utilities)).sum(-1)
 
 
 @register("and")
 def logical_and(terms: Terms) -> torch.Tensor:
     """Good in every property (arXiv 2402.00742): log prod_i p_i = sum_i u_i for u_i = log p_i, else prod_i p_i."""
-    return terms.utilities.sum(-1) if terms.kind == LOG_PROBABILITY else product(terms)
+    return terms.filled(0.0).sum(-1) if terms.kind == LOG_PROBABILITY else product(terms)
 
 
 @register("or")
 def logical_or(terms: Terms) -> torch.Tensor:
     """Good in at least one property: log(1 - prod_i (1 - p_i)), or 1 - prod_i (1 - p_i) for probabilities."""
-    return _utility(functools.reduce(_or, terms.pairs), terms.kind)
+    return _utility(functools.reduce(partial(_joined, _or), terms.leaves())[0], terms.kind)
 
 
 @register("product")
 def product(terms: Terms) -> torch.Tensor:
     """prod_i p_i, within [0, 1]: the probability of being good in every property. Slope prod_(j != i) p_j."""
     assert terms.kind == PROBABILITY, terms.kind
-    return terms.utilities.prod(-1)
+    return terms.filled(1.0).prod(-1)
 
 
 @register("min")
 def worst_case(terms: Terms) -> torch.Tensor:
     """min_i u_i: the worst property. Slope 1 for the least, 0 for the others; equal ones share it."""
-    return terms.utilities.amin(-1)
+    return terms.filled(math.inf).amin(-1)
 
 
 @register("softmin")
@@ -146,8 +190,9 @@ def softmin(terms: Terms, *, temperature: float) -> torch.Tensor:
 
     A smooth lower bound of min_i u_i, below it by at most T log M.
     """
-    least = terms.utilities.detach().amin(-1, keepdim=True)
-    excess = (terms.utilities - least) / temperature
+    utilities = terms.filled(math.inf)
+    least = utilities.detach().amin(-1, keepdim=True)
+    excess = (utilities - least) / temperature
     return least.squeeze(-1) - temperature * torch.logsumexp(-excess, -1)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlhf.utility.expression import parse
+from rlhf.utility.scales import NUMBER
 
 REWARD = "reward"  # any number, in units of its own
 PROBABILITY = "probability"  # within [0, 1]
@@ -24,6 +25,12 @@ class TransformKind:
     kind: str
     parameters: tuple[str, ...] = ()
     needs_samples: bool = False  # the base policy's rewards of the prompt, each of them
+    of_log_odds: bool = False  # of (r - r_ref) in nats of preference odds, else of the number as it is
+
+    @property
+    def claims_probability(self) -> bool:
+        """Whether it takes the rewards for log-odds, which a number in a unit of its own is not."""
+        return self.of_log_odds and self.kind != REWARD
 
 
 @dataclass(frozen=True)
@@ -38,18 +45,18 @@ class CombinationKind:
 
 TRANSFORM_KINDS: dict[str, TransformKind] = {
     "linear": TransformKind(REWARD),
-    "centered_linear": TransformKind(REWARD),
-    "lsc": TransformKind(LOG_PROBABILITY),
-    "log_sigmoid": TransformKind(LOG_PROBABILITY),
-    "sigmoid": TransformKind(PROBABILITY),
-    "par": TransformKind(PROBABILITY, needs_samples=True),
+    "centered_linear": TransformKind(REWARD, of_log_odds=True),
+    "lsc": TransformKind(LOG_PROBABILITY, of_log_odds=True),
+    "log_sigmoid": TransformKind(LOG_PROBABILITY, of_log_odds=True),
+    "sigmoid": TransformKind(PROBABILITY, of_log_odds=True),
+    "par": TransformKind(PROBABILITY, needs_samples=True, of_log_odds=True),
     "quantile_rank": TransformKind(PROBABILITY, needs_samples=True),
     "zscore": TransformKind(REWARD),
     "zscore_global": TransformKind(REWARD),
     "min_max": TransformKind(REWARD),
-    "clip": TransformKind(REWARD, ("low", "high")),
-    "tanh": TransformKind(REWARD, ("scale",)),
-    "inada": TransformKind(REWARD, ("scale", "aversion")),
+    "clip": TransformKind(REWARD, ("low", "high"), of_log_odds=True),
+    "tanh": TransformKind(REWARD, ("scale",), of_log_odds=True),
+    "inada": TransformKind(REWARD, ("scale", "aversion"), of_log_odds=True),
 }
 
 _ANY = (REWARD, PROBABILITY, LOG_PROBABILITY)
@@ -84,13 +91,18 @@ def combination_kind(combine: str) -> CombinationKind:
 
 
 def check_utility(
-    transform: str, combine: str, parameters: Mapping[str, float], weights: Mapping[str, float]
+    transform: str,
+    combine: str,
+    parameters: Mapping[str, float],
+    weights: Mapping[str, float],
+    scales: Mapping[str, str] | None = None,
 ) -> None:
     """Refuses a transformation and combination of reward models that cannot be, or that would mislead.
 
     Args:
         parameters: of the transform and the combination together, by name.
         weights: of the reward models, by name.
+        scales: of the reward models, by name (`rlhf.utility.scales`); those that are not named: bradley_terry.
 
     Raises:
         ValueError: it names the key (utility.transform, utility.combine, utility.parameters.NAME or
@@ -101,6 +113,13 @@ def check_utility(
     _check_combine(transform, combine, weights)
     _check_weights(combine, weights)
     _check_parameters(transform, combine, parameters)
+    for name, scale in (scales or {}).items():
+        if scale == NUMBER and TRANSFORM_KINDS[transform].claims_probability:
+            others = ", ".join(n for n, kind in TRANSFORM_KINDS.items() if not kind.claims_probability)
+            raise ValueError(
+                f"reward_models.{name}.scale={scale} has no P(good), which utility.transform={transform} takes: say "
+                f"what its numbers mean by another scale, or choose a utility.transform without ({others})"
+            )
 
 
 def _check_combine(transform: str, combine: str, weights: Mapping[str, float]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,36 +14,47 @@ from rlhf.utility.combine import Terms, combine
 from rlhf.utility.kinds import TRANSFORM_KINDS, check_utility, combination_kind
 from rlhf.utility.prompt_references import PromptReferences
 from rlhf.utility.reference import Reference
-from rlhf.utility.transforms import TRANSFORMS, Pair, UnusableReference, log_probabilities, p_good
+from rlhf.utility.scales import BT, Scale
+from rlhf.utility.transforms import TRANSFORMS, UnusableReference, log_probabilities
+from rlhf.utility.units import in_unit, p_good
 
 
 @dataclass(frozen=True)
 class Utility:
-    """A configured transformation and combination of M reward models, in a fixed order.
+    """A configured transformation and combination of M rewards, in a fixed order.
 
-    References are of G prompts, for each model; `group`, int [B], says which of them a response answers. Models may
-    have different numbers of samples. Rewards are raw, float32 [B, M], a column for each model.
+    References are of G prompts, for each reward; `group`, int [B], says which of them a response answers. Rewards may
+    have different numbers of samples. They are raw, float32 [B, M], a column for each; NaN where one does not apply,
+    for all responses to a prompt: its term is then left out.
 
     >>> Utility("lsc", "helpful & ~verbose", {}, {"helpful": 1.0, "verbose": 1.0}).needs_samples
     False
 
     Raises:
         ValueError: these do not go together (`check_utility`), or a prompt's references do not allow the
-            transform; the latter names the model and the prompt.
+            transform; the latter names the reward and the prompt.
     """
 
     transform: str
     combine: str
     parameters: Mapping[str, float]  # of the transform and the combination
-    weights: Mapping[str, float]  # by model name; their order is that of the columns
+    weights: Mapping[str, float]  # by reward; their order is that of the columns
+    scales: Mapping[str, Scale] = field(
+        default_factory=dict
+    )  # by reward; those not named are Bradley-Terry's
 
     def __post_init__(self) -> None:
-        check_utility(self.transform, self.combine, self.parameters, self.weights)
+        assert self.scales.keys() <= self.weights.keys()
+        kinds = {name: scale.kind for name, scale in self.scales.items()}
+        check_utility(self.transform, self.combine, self.parameters, self.weights, kinds)
 
     @property
     def needs_samples(self) -> bool:
         """Whether the references must carry the base policy's rewards themselves."""
         return TRANSFORM_KINDS[self.transform].needs_samples
+
+    def scale(self, model: str) -> Scale:
+        return self.scales.get(model, BT)
 
     @torch.inference_mode(False)  # autograd, wherever it is called from
     def rewards(
@@ -52,6 +63,7 @@ class Utility:
         """Everything a learner and the metrics want of rollouts, whose G prompts the references are of."""
         values, by_model = _tensor(raw), self._references(references, rollouts.group)
         utilities, combined = self._evaluate(values, by_model, rollouts.group, rollouts.prompts)
+        columns = zip(by_model.items(), values.detach().unbind(-1), strict=True)
         return Rewards(
             item=rollouts.item,
             version=rollouts.version,
@@ -59,7 +71,7 @@ class Utility:
             raw=values.detach().numpy(),
             reference=_stack(r.r_ref for r in by_model.values()),
             utility=utilities.detach().numpy(),
-            p_good=_stack(map(p_good, values.detach().unbind(-1), by_model.values())),
+            p_good=_stack(p_good(self.scale(model), column, r) for (model, r), column in columns),
             combined=combined.detach().numpy(),
             slope=_slope(combined, values),
         )
@@ -80,7 +92,8 @@ class Utility:
     def slope(
         self, raw: np.ndarray, references: Mapping[str, PromptReferences], group: np.ndarray
     ) -> np.ndarray:
-        """d combined / d raw, float32 [B, M]: what one more unit of each model's reward is still worth."""
+        """d combined / d raw, float32 [B, M]: what one more unit of each reward is still worth; 0 where it does not
+        apply."""
         values = _tensor(raw)
         return _slope(self._evaluate(values, self._references(references, group), group)[1], values)
 
@@ -100,37 +113,83 @@ class Utility:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Utilities [B, M] and the combined utility [B], float32, on the graph of `values`, float32 [B, M]."""
         assert values.shape == (len(group), len(self.weights)), (values.shape, len(group), len(self.weights))
+
+        def prompt(row: int) -> str:
+            g = int(group[row])
+            return f"{g} of those at hand" if prompts is None else short(prompts[g])
+
+        present = ~values.detach().isnan()
+        self._check_present(present, group, prompt)
         terms = []
-        for (model, reference), column in zip(references.items(), values.unbind(-1), strict=True):
+        for i, (model, reference) in enumerate(references.items()):
+            rows = present[:, i].nonzero().squeeze(-1)
             try:
-                terms.append(self._term(column, reference))
+                found = self._term(self.scale(model), values[rows, i], _rows(reference, rows))
             except UnusableReference as error:
-                g = int(group[error.position[0]])
-                prompt = f"{g} of those at hand" if prompts is None else short(prompts[g])
-                raise ValueError(f"reward model {model}, prompt {prompt}: {error}") from error
-        utilities = torch.stack([utility for utility, _ in terms], -1)
+                place = int(rows[error.position[0]])
+                raise ValueError(f"reward model {model}, prompt {prompt(place)}: {error}") from error
+            terms.append([_spread(value, rows, len(values)) for value in found])
+        utilities = torch.stack([term[0] for term in terms], -1)
         kind = combination_kind(self.combine)
         operands = Terms(
             TRANSFORM_KINDS[self.transform].kind,
             utilities,
             torch.tensor(list(self.weights.values()), dtype=torch.float32),
-            [pair for _, pair in terms if pair is not None],
+            [(term[1], term[2]) for term in terms if len(term) > 1],
+            None if present.all() else present,
         )
         parameters = {name: self.parameters[name] for name in kind.parameters}
         return utilities, combine(self.combine, tuple(self.weights), operands, parameters)
 
-    def _term(self, rewards: torch.Tensor, reference: Reference) -> tuple[torch.Tensor, Pair | None]:
-        """One model's utility, float32 [B], and the pair of log-probabilities if the combination needs it."""
-        parameters = {name: self.parameters[name] for name in TRANSFORM_KINDS[self.transform].parameters}
+    def _check_present(self, present: torch.Tensor, group: np.ndarray, prompt: Callable[[int], str]) -> None:
+        """A reward applies to all responses to a prompt or to none, and to each prompt at least one does."""
+        if present.all():
+            return
+        whole = torch.from_numpy(np.asarray(group, np.int64))
+        applies = torch.zeros(int(whole.max()) + 1, present.shape[1]).index_reduce(
+            0, whole, present.float(), "mean", include_self=False
+        )
+        uneven = ((applies > 0) & (applies < 1))[whole].nonzero()
+        if len(uneven):
+            row, column = uneven[0].tolist()
+            raise ValueError(
+                f"reward model {list(self.weights)[column]}, prompt {prompt(row)}: it says of some responses that it "
+                "does not apply (None) and rewards others; it must say so of a whole prompt"
+            )
+        nothing = (~present.any(-1)).nonzero()
+        if len(nothing):
+            raise ValueError(
+                f"prompt {prompt(int(nothing[0]))}: no reward applies to it (all of {', '.join(self.weights)} gave "
+                "None); leave the prompt out"
+            )
+
+    def _term(self, scale: Scale, rewards: torch.Tensor, reference: Reference) -> list[torch.Tensor]:
+        """One reward's utility, float32 [b], and both log-probabilities if the combination needs them."""
+        kind = TRANSFORM_KINDS[self.transform]
+        rewards, reference = in_unit(scale, kind.of_log_odds, rewards, reference)
+        parameters = {name: self.parameters[name] for name in kind.parameters}
         utility = TRANSFORMS[self.transform](rewards, reference, **parameters)
         if not combination_kind(self.combine).needs_pairs:
-            return utility, None
-        return utility, log_probabilities(self.transform, rewards, reference)
+            return [utility]
+        return [utility, *log_probabilities(self.transform, rewards, reference)]
 
 
 def _tensor(raw: np.ndarray) -> torch.Tensor:
     """A copy of raw rewards that a slope can be taken by, float32 [B, M]."""
     return torch.from_numpy(np.array(raw, np.float32)).requires_grad_()
+
+
+def _rows(reference: Reference, rows: torch.Tensor) -> Reference:
+    """Of these responses only."""
+    whole = ("population_mean", "population_std")
+    return Reference(**{n: v if n in whole else v[rows] for n, v in vars(reference).items()})
+
+
+def _spread(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Values at their rows, float32 [count], NaN elsewhere."""
+    if len(rows) == count:
+        return values
+    return torch.full((count,), torch.nan).index_put((rows,), values)
 
 
 def _stack(columns: Iterable[torch.Tensor]) -> np.ndarray:
@@ -158,4 +217,4 @@ def _slope(combined: torch.Tensor, values: torch.Tensor) -> np.ndarray:
     if not combined.requires_grad:
         return np.zeros(values.shape, np.float32)
     (slope,) = torch.autograd.grad(combined.sum(), values)
-    return slope.numpy()
+    return slope.masked_fill(values.isnan(), 0.0).numpy()

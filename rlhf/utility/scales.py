@@ -81,6 +81,13 @@ def check_scale(key: str, source: Any) -> None:
             f"{key}.error_rate=0: a verdict that is never wrong has a log-probability of minus infinity; give the "
             "share of its verdicts that are wrong"
         )
+    if reference == "canned" and not source.canned:
+        raise ValueError(f"{key}.reference=canned needs {key}.canned, a list of responses")
+    for text in source.canned:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{key}.canned: {text!r} holds half of a surrogate pair, which is no character")
+    if reference == "column" and source.column is None:
+        raise ValueError(f"{key}.reference=column needs {key}.column, a column of the prompts' data set")
     if source.temperature is not None and scale != BRADLEY_TERRY:
         raise ValueError(f"{key}.temperature={source.temperature} is for scale=bradley_terry, not {scale}")
     if source.calibration is not None and scale != BRADLEY_TERRY:

@@ -21,7 +21,7 @@ from rlhf.utility.tables import give_back_memory
 
 __all__ = ["BaselineStatistics", "Item", "PromptReferences", "ReferenceRule"]
 
-COLUMN = "column"
+COLUMN, ABSENT = "column", "absent"
 
 
 class BaselineStatistics:
@@ -60,7 +60,7 @@ class BaselineStatistics:
         self.exact = exact
         self.keys = dict(keys or {})
         self.frozen = False
-        self._columns: dict[str, dict[str, Column]] = {"sampled": {}, "canned": {}, COLUMN: {}}
+        self._columns: dict[str, dict[str, Column]] = {"sampled": {}, "canned": {}, COLUMN: {}, ABSENT: {}}
 
     def add_samples(self, model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: Item) -> bool:
         """Takes in rewards of base-policy samples; False, and no change, when the item was taken in before.
@@ -75,6 +75,27 @@ class BaselineStatistics:
     def add_canned(self, model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: Item) -> bool:
         """As `add_samples`, for rewards of canned responses; their items are counted apart."""
         return self._add("canned", model, prompt_ids, rewards, item)
+
+    def add_absent(self, model: str, prompt_ids: np.ndarray, item: Item) -> bool:
+        """As `add_samples`, for samples of prompts, uint64 [B], to which the reward does not apply: they are counted,
+        and such a prompt has no reference (NaN)."""
+        return self._add(ABSENT, model, prompt_ids, np.zeros(len(prompt_ids), np.float32), item)
+
+    def absent(self, model: str, prompt_ids: np.ndarray) -> np.ndarray:
+        """Which prompts the reward does not apply to, bool [B].
+
+        Raises:
+            ValueError: it applies to some samples of a prompt and not to others; it names prompt and model.
+        """
+        prompt_ids = np.asarray(prompt_ids, np.uint64)
+        absent, sampled = (self._counted(kind, model, prompt_ids) > 0 for kind in (ABSENT, "sampled"))
+        both = np.flatnonzero(absent & sampled)
+        if len(both):
+            raise ValueError(
+                f"reward model '{model}' says of some responses to prompt {prompt_ids[both[0]]} that it does not apply "
+                "(None), and rewards others: it must say so of a whole prompt"
+            )
+        return absent
 
     def add_column(self, model: str, prompt_ids: np.ndarray, values: np.ndarray) -> None:
         """Takes in references that come with the data set. prompt_ids: uint64 [B], values: float32 [B].
@@ -120,7 +141,8 @@ class BaselineStatistics:
     def reference(
         self, model: str, prompt_ids: np.ndarray, rule: ReferenceRule, points: int = 0
     ) -> PromptReferences:
-        """r_ref of the prompts, uint64 [B], and what the base policy's samples say; NaN where there are none.
+        """r_ref of the prompts, uint64 [B], and what the base policy's samples say; NaN where there are none,
+        and where the reward does not apply to the prompt (the standard error is then 0).
 
         With points = K > 0 a prompt's `samples` are all it has up to K; of more they are K equally spaced quantiles,
         at levels (i + 0.5) / K.
@@ -130,13 +152,17 @@ class BaselineStatistics:
         """
         prompt_ids = np.asarray(prompt_ids, np.uint64)
         sampled = self._summary("sampled", model, prompt_ids, rule, points)
+        absent = self.absent(model, prompt_ids)
         r_ref, error = sampled.estimate
         if rule.sampled:
-            require(sampled.counts > 0, prompt_ids, model, "samples of the base policy")
+            require(absent | (sampled.counts > 0), prompt_ids, model, "samples of the base policy")
             if rule.kind == "quantile" and rule.estimator == "gaussian":
-                require(sampled.counts > 1, prompt_ids, model, "second sample, which a spread needs,")
+                require(
+                    absent | (sampled.counts > 1), prompt_ids, model, "second sample, which a spread needs,"
+                )
         else:
-            r_ref, error = self._given(model, prompt_ids, rule), np.zeros(len(prompt_ids))
+            r_ref, error = self._given(model, prompt_ids, rule, absent), np.zeros(len(prompt_ids))
+        r_ref, error = np.where(absent, np.nan, r_ref), np.where(absent, 0.0, error)
         column = self._columns["sampled"].get(model) or Column(self.exact)
         mean, std, low, high = sampled.moments.astype(np.float32)
         return PromptReferences(
@@ -151,13 +177,15 @@ class BaselineStatistics:
             population_std=column.moments.std,
         )
 
-    def _given(self, model: str, prompt_ids: np.ndarray, rule: ReferenceRule) -> np.ndarray:
-        """r_ref of a rule without samples, float64 [B]."""
+    def _given(
+        self, model: str, prompt_ids: np.ndarray, rule: ReferenceRule, absent: np.ndarray
+    ) -> np.ndarray:
+        """r_ref of a rule without samples, float64 [B]; anything where the reward does not apply."""
         if rule.kind == "constant":
             return np.full(prompt_ids.shape, rule.constant)
         summary = self._summary(rule.kind, model, prompt_ids, rule, 0)
         what = "canned responses" if rule.kind == "canned" else "reference value from the data set"
-        require(summary.counts > 0, prompt_ids, model, what)
+        require(absent | (summary.counts > 0), prompt_ids, model, what)
         return summary.moments[0]
 
     def _summary(
@@ -169,9 +197,12 @@ class BaselineStatistics:
         return summarise(column, prompt_ids, rule, points)
 
     def counts(self, model: str, prompt_ids: np.ndarray) -> np.ndarray:
-        """Base-policy samples held of each prompt, int64 [B]; 0 where there are none."""
+        """Base-policy samples held of each prompt, int64 [B]; those to which the reward does not apply count too."""
         prompt_ids = np.asarray(prompt_ids, np.uint64)
-        column = self._columns["sampled"].get(model)
+        return self._counted("sampled", model, prompt_ids) + self._counted(ABSENT, model, prompt_ids)
+
+    def _counted(self, kind: str, model: str, prompt_ids: np.ndarray) -> np.ndarray:
+        column = self._columns[kind].get(model)
         return np.zeros(len(prompt_ids), np.int64) if column is None else column.counts(prompt_ids)
 
     def known(self, model: str, prompt_ids: np.ndarray) -> np.ndarray:
@@ -184,7 +215,7 @@ class BaselineStatistics:
         Of more than `exact` there are stand-ins from the sketch, and of a compact table they are off by its bound.
         """
         ids = np.array([prompt_id], np.uint64)
-        held = int(self.counts(model, ids)[0])
+        held = int(self._counted("sampled", model, ids)[0])
         require(np.array([held > 0]), ids, model, "samples of the base policy")
         mean = ReferenceRule("mean", 0.5, "empirical", 0.0)
         return self._summary("sampled", model, ids, mean, held).samples[0]
@@ -235,7 +266,7 @@ class BaselineStatistics:
         planned = []
         for model, theirs in names.items():
             self._check_open(model, "other statistics")
-            for kind in ("sampled", "canned"):
+            for kind in ("sampled", "canned", ABSENT):
                 column = other._columns[kind].get(theirs)
                 mine = self._columns[kind].get(model) or Column(self.exact)
                 if column is not None and not column.items <= mine.items:

@@ -10,6 +10,8 @@ from rlhf import config as types
 from rlhf.config_checks import typed
 from rlhf.config_numbers import RANGES
 from rlhf.data.microcosm import CANNED_REFUSALS
+from rlhf.sources.kinds import KINDS, source_class
+from rlhf.sources.source import Source
 
 FILES = ["data=files", "data.prompts=p.jsonl", "policy.path=p"]
 GIVEN = [*FILES, "reward_models.helpful.path=h", "reward_models.harmless.path=s"]
@@ -175,8 +177,11 @@ def test_every_number_has_a_range():
     """A new field of numbers is refused its place until its range is told."""
     numbers = re.compile(r"\b(int|float|Any)\b")
     classes = [c for c in vars(types).values() if dataclasses.is_dataclass(c)]
+    sources = [Source, *(source_class("key", kind) for kind in KINDS)]
     found = {c: {f.name for f in dataclasses.fields(c) if numbers.search(f.type)} for c in classes}
     found[types.LoraConfig] -= {"target_modules"}
     found[types.DataConfig] -= {"prompts", "eval_prompts", "demonstrations"}
-    found[types.RewardModelConfig] -= {"preferences"}
     assert {c: names for c, names in found.items() if names} == {c: set(r) for c, r in RANGES.items()}
+    for kind in sources:
+        own = {f.name for f in dataclasses.fields(kind) if numbers.search(str(f.type))}
+        assert own - {*kind.data_keys, "heads", "arguments"} == set(kind.ranges), kind

@@ -163,7 +163,7 @@ def test_a_combination_is_a_name_or_an_expression() -> None:
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_every_yaml_is_accepted(path: Path) -> None:
     group = OmegaConf.load(path)
-    assert set(group) == {"transform", "combine", "parameters"}
+    assert set(group) == {"transform", "combine", "parameters", "calibrated"}
     check_utility(group.transform, group.combine, group.parameters, TWO)
 
 

@@ -103,7 +103,7 @@ def test_scorer_renders_by_its_own_template_and_tokenizer(reward_folders):
 def test_two_labels_are_refused(tmp_path):
     save_reward_model(tmp_path, seed=0, labels=2)
     with pytest.raises(
-        ValueError, match=r"reward model 'harmless': path=.* has 2; save it with num_labels=1"
+        ValueError, match=r"reward model 'harmless': path=.* has 2; name those that are rewards"
     ):
         RewardScorer("harmless", str(tmp_path))
 

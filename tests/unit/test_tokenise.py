@@ -41,7 +41,8 @@ def folder(tmp_path_factory):
 
 def test_rows_that_are_no_pair_for_the_model_count_to_the_tolerated_share(write, folder, caplog):
     source = write(GOOD, LONG, SAME, EQUAL, {"prompt": "a"}, GOOD)
-    found = preference_tokens(KEY, None, folder, source, tolerated_share=0.7)
+    found, ids = preference_tokens(KEY, None, folder, source, tolerated_share=0.7)
+    assert len(set(ids.tolist())) == 1 == len(set(map(len, (ids[:1],))))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for column, name in ((found.chosen, "chosen"), (found.rejected, "rejected")):
         talk = [*GOOD["prompt"], {"role": "assistant", "content": GOOD[name]}]
