@@ -90,16 +90,23 @@ _COLUMNS = (("reference", "r_ref"), ("utility", "utility"), ("p_good", "p_good")
 
 
 def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
-    """Means (and the raw rewards' deviation) over all responses of a step, by model."""
+    """Means (and the raw rewards' deviation) over all responses of a step that a reward applies to, by reward; absent:
+    the share of the others."""
     import numpy as np
 
     flat: dict[str, Any] = {"utility/combined": np.concatenate([r.combined for r in rewards]).mean()}
     for column, model in enumerate(rewards[0].models):
         raw = np.concatenate([r.raw[:, column] for r in rewards])
-        flat[f"reward/{model}/mean"], flat[f"reward/{model}/std"] = raw.mean(), raw.std()
+        applies = ~np.isnan(raw)
+        if not applies.all():
+            flat[f"absent/{model}"] = 1 - applies.mean()
+        if not applies.any():
+            continue
+        flat[f"reward/{model}/mean"], flat[f"reward/{model}/std"] = raw[applies].mean(), raw[applies].std()
         for key, name in _COLUMNS:
-            flat[f"{name}/{model}"] = np.concatenate([getattr(r, key)[:, column] for r in rewards]).mean()
-    return {key: float(value) for key, value in flat.items()}
+            values = np.concatenate([getattr(r, key)[:, column] for r in rewards])[applies]
+            flat[f"{name}/{model}"] = values.mean()
+    return {key: float(value) for key, value in flat.items() if np.isfinite(value)}
 
 
 def _schedule(value: Any) -> Any:

@@ -94,7 +94,7 @@ def one_seed(seed: int, output: str) -> dict[str, dict[str, dict[str, float]]]:
     canned = config.reward_models["harmless"].canned
     gold = judge.score(prompts, texts)
     judged_canned = judge.score(prompts, [canned] * len(prompts))
-    scorers = {n: RewardScorer(n, path) for n, path in made.of(RewardModels).paths.items()}
+    scorers = {n: RewardScorer(n, path) for n, path in made.of(RewardModels).paths("reward_models").items()}
     learnt = {n: scored(s, contents, texts) for n, s in scorers.items()}
     learnt_canned = {
         n: np.stack([s.score(contents, [text] * len(contents)) for text in canned], 1)

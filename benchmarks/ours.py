@@ -74,13 +74,10 @@ def configure(workload: str, world: Path, output: Path, steps: int, overrides: S
         f"data.eval_prompts={world / 'eval.jsonl'}",
         f"data.train_size={PROMPTS}",
         f"policy.path={world / 'policy'}",
-        "~reward_models.helpful",
-        "~reward_models.harmless",
-        *(
-            f"+reward_models.{name}={{path: {world / name}, init_from: null, preferences: null, chat_template: null, "
-            "training: null, weight: 1.0, reference: constant, canned: [], constant: 0.0, column: null}"
-            for name in ("rm0", "rm1")
-        ),
+        "reward_models=none",
+        *(f"+source@reward_models.{name}=classifier" for name in ("rm0", "rm1")),
+        *(f"reward_models.{name}.path={world / name}" for name in ("rm0", "rm1")),
+        *(f"reward_models.{name}.reference=constant" for name in ("rm0", "rm1")),
         "stages=[baseline,align]",
         f"output_dir={output}",
         "baseline.samples=1",

@@ -137,10 +137,12 @@ class Rewards:
     item: int
     version: int
     models: tuple[str, ...]  # [M] names, the order of the columns below
-    raw: np.ndarray  # float32 [B, M]: Bradley-Terry reward, in nats of preference odds
+    raw: (
+        np.ndarray
+    )  # float32 [B, M]: as its source gives it; NaN, as the three below, where it does not apply
     reference: np.ndarray  # float32 [B, M]: r_ref of the response's prompt
     utility: np.ndarray  # float32 [B, M]: transformed reward, in nats for the log-probability transforms
-    p_good: np.ndarray  # float32 [B, M]: sigmoid(raw - reference)
+    p_good: np.ndarray  # float32 [B, M]: P(good) by its scale (rlhf.utility.units); NaN of a scale without
     combined: np.ndarray  # float32 [B]: the utility that is maximised
     slope: np.ndarray  # float32 [B, M]: d combined / d raw, what one more unit of a reward is still worth
     seconds: float = 0.0  # wall time from the call to the last reward

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from actors.stages.align import Align
 from actors.stages.baseline import Baseline
 from actors.stages.evaluate import Evaluate
+from actors.stages.reward_models import RewardModels
 from actors.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Report(Stage):
             baseline.statistics_path,
             baseline.rules,
             align.utility,
+            self.stages.of(RewardModels).calibrations(),
         )
         write_report(record, job.run, lexicon(self.config))
         job.view.line(f"report: {job.run / 'report.html'}")

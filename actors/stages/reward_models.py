@@ -14,7 +14,7 @@ import numpy as np
 
 from actors.failures import Call
 from actors.stages.fit import fit, trained_by
-from actors.stages.held_out import CALIBRATION, HeldOut
+from actors.stages.held_out import CALIBRATION, CURVE, HeldOut
 from actors.stages.sft import Sft
 from actors.stages.stage import Output, Stage
 from rlhf.code import code_version
@@ -130,7 +130,12 @@ class RewardModels(Stage):
             if isinstance(source, ClassifierSource) and source.path and not source.heads:
                 files[name] = Path(source.path).expanduser() / CALIBRATION  # it was trained here
         files |= {n: self.made(output) / CALIBRATION for n, output in self._calibrated.items()}
-        return {n: json.loads(file.read_text()) for n, file in files.items() if file.is_file()}
+        found = {n: json.loads(file.read_text()) for n, file in files.items() if file.is_file()}
+        for name, calibration in found.items():
+            curve = files[name].with_name(CURVE)
+            if curve.is_file():
+                calibration["curve"] = json.loads(curve.read_text())
+        return found
 
     def scales(self) -> dict[str, Scale]:
         """Of rewards, with the temperatures that were fitted, if utility.calibrated."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf.evaluate.samples import PolicySamples
-from rlhf.evaluate.wins import JOINT
+from rlhf.evaluate.wins import JOINT, mean, response_wins
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def best_of(base: PolicySamples, utility: np.ndarray, ns: Sequence[int]) -> list
         raise ValueError(f"best_of: utility is {utility.shape}, the base samples are {shape}")
     if not np.isfinite(utility).all():
         raise ValueError("best_of: a utility is not finite; score the base samples again")
-    wins = {n: s >= base.judge_reference[n][:, None] for n, s in base.judged.items()}
-    wins[JOINT] = np.logical_and.reduce(list(wins.values()))
+    wins = response_wins(base)
     found = []
     for n in ns:
         weights = chosen(utility, n)
@@ -58,9 +57,9 @@ def best_of(base: PolicySamples, utility: np.ndarray, ns: Sequence[int]) -> list
             BestOf(
                 n=n,
                 kl=best_of_kl(n),
-                win_rate={k: float((weights * won).sum(axis=1).mean()) for k, won in wins.items()},
+                win_rate={k: mean((weights * won).sum(axis=1)) for k, won in wins.items()},
                 versus=_versus(base.judged, utility, n) if n < shape[1] else {},
-                judged={k: float((weights * s).sum(axis=1).mean()) for k, s in base.judged.items()},
+                judged={k: mean((weights * s).sum(axis=1)) for k, s in base.judged.items()},
             )
         )
     return found
@@ -101,10 +100,10 @@ def _versus(judged: Mapping[str, np.ndarray], utility: np.ndarray, n: int) -> di
     for p in range(len(utility)):
         weights = _chosen_without(utility[p], n)
         sign = {name: np.sign(s[p][:, None] - s[p][None, :]) for name, s in judged.items()}
-        sign[JOINT] = _dominates(np.stack(list(sign.values())))
+        sign[JOINT] = _dominates(np.nan_to_num(np.stack(list(sign.values()))))
         for name, signs in sign.items():
             rates[name].append(float(0.5 + 0.5 * (weights * signs).sum(axis=0).mean()))
-    return {name: float(np.mean(rate)) for name, rate in rates.items()}
+    return {name: mean(np.array(rate)) for name, rate in rates.items()}
 
 
 def _dominates(signs: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from rlhf.evaluate.wins import (
     bootstrap,
     check_finite,
     cluster_index,
+    mean,
     mean_and_error,
     prompt_wins,
 )
@@ -76,7 +77,7 @@ def point(step: int, samples: PolicySamples, lexicon: Lexicon) -> Point:
         ends = np.array(bootstrap(np.stack(list(wins.values()), axis=1), clusters)).T
         if clusters.max() == 0:
             ends[:] = (0.0, 1.0)
-        rates[judge] = {name: float(won.mean()) for name, won in wins.items()}
+        rates[judge] = {name: mean(won) for name, won in wins.items()}
         intervals[judge] = {name: (float(a), float(b)) for name, (a, b) in zip(wins, ends, strict=True)}
     kl, error = mean_and_error(np.asarray(samples.log_ratio, np.float64).mean(axis=1), clusters)
     shape = samples.lengths.shape

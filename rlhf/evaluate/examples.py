@@ -64,7 +64,7 @@ def prompt_text(content: Content) -> str:
 
 def scales(base: PolicySamples) -> dict[str, float]:
     """Property -> standard deviation of the base policy's scores: what makes properties comparable."""
-    return {name: float(np.std(scores, dtype=np.float64)) or 1.0 for name, scores in base.judged.items()}
+    return {name: float(np.nanstd(scores, dtype=np.float64)) or 1.0 for name, scores in base.judged.items()}
 
 
 def worst_prompts(
@@ -128,7 +128,7 @@ def totals(samples: PolicySamples, scale: Mapping[str, float]) -> np.ndarray:
         (np.asarray(scores, np.float64) - samples.judge_reference[name][:, None]) / scale[name]
         for name, scores in samples.judged.items()
     ]
-    return np.sum(parts, axis=0)
+    return np.nansum(parts, axis=0)  # what does not apply adds nothing
 
 
 def _shown(samples: PolicySamples, p: int, total: np.ndarray) -> Shown:
@@ -136,5 +136,6 @@ def _shown(samples: PolicySamples, p: int, total: np.ndarray) -> Shown:
     scores = tuple(
         (name, float(values[p, row]), bool(values[p, row] >= samples.judge_reference[name][p]))
         for name, values in samples.judged.items()
+        if not np.isnan(values[p, row])
     )
     return Shown(samples.texts[p][row], int(samples.lengths[p, row]), bool(samples.finished[p, row]), scores)

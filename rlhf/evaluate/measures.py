@@ -28,7 +28,7 @@ import numpy as np
 from rlhf.evaluate.examples import scales, totals
 from rlhf.evaluate.hacking import Lexicon, hacking
 from rlhf.evaluate.samples import PolicySamples
-from rlhf.evaluate.wins import JOINT, per_prompt, prompt_versus, prompt_wins
+from rlhf.evaluate.wins import JOINT, left_behind, mean, per_prompt, prompt_versus, prompt_wins
 
 LOWER_TAIL, UPPER_TAIL = 0.10, 0.95
 Judges = Mapping[str, tuple[PolicySamples, PolicySamples]]
@@ -52,8 +52,8 @@ def measure(
     values: dict[str, float] = {}
     start = anchored(judges)
     for judge, (before, after) in judges.items():
-        values |= {f"win/{judge}/{n}": float(v.mean()) for n, v in prompt_wins(after).items()}
-        values |= {f"versus/{judge}/{n}": float(v.mean()) for n, v in prompt_versus(before, after).items()}
+        values |= {f"win/{judge}/{n}": mean(v) for n, v in prompt_wins(after).items()}
+        values |= {f"versus/{judge}/{n}": mean(v) for n, v in prompt_versus(before, after).items()}
         values |= {f"score/{judge}/{n}": _mean(s) for n, s in after.judged.items()}
         gained = _gain(before.judged, after.judged)
         values[f"overoptimisation/{judge}"] = _gain(base.rewards, aligned.rewards) - gained
@@ -81,7 +81,7 @@ def anchored(judges: Judges) -> dict[str, float]:
     start: dict[str, float] = {}
     for judge, (base, _) in judges.items():
         for name, wins in prompt_wins(base).items():
-            start |= {f"win/{judge}/{name}": float(wins.mean()), f"versus/{judge}/{name}": 0.5}
+            start |= {f"win/{judge}/{name}": mean(wins), f"versus/{judge}/{name}": 0.5}
         start |= {f"score/{judge}/{name}": _mean(scores) for name, scores in base.judged.items()}
     return start
 
@@ -92,10 +92,10 @@ def progress(base: PolicySamples, aligned: PolicySamples) -> dict[str, float]:
     rows = per_prompt(base, aligned)
     differences = {name: row["difference"] for name, row in rows.items()}
     differences[JOINT] = totals(aligned, scale).mean(axis=1) - totals(base, scale).mean(axis=1)
-    found = {f"left_behind/{name}": float((d < 0).mean()) for name, d in differences.items()}
+    found = {f"left_behind/{name}": left_behind(d) for name, d in differences.items()}
     fell = prompt_wins(aligned)[JOINT] < prompt_wins(base)[JOINT]
     found["left_behind/joint_win"] = float(fell.mean())
-    return found | {f"lower_tail/{n}": float(np.quantile(d, LOWER_TAIL)) for n, d in differences.items()}
+    return found | {f"lower_tail/{n}": float(np.nanquantile(d, LOWER_TAIL)) for n, d in differences.items()}
 
 
 def noise(base: PolicySamples, aligned: PolicySamples) -> dict[str, float]:
@@ -123,17 +123,17 @@ def _columns(samples: PolicySamples, which: slice) -> PolicySamples:
 
 def _gain(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> float:
     """Rise of the mean score, a mean over models or properties, in units of the first policy's deviation."""
-    spread = {name: float(np.std(s, dtype=np.float64)) or 1.0 for name, s in before.items()}
+    spread = {name: float(np.nanstd(s, dtype=np.float64)) or 1.0 for name, s in before.items()}
     return float(np.mean([(_mean(after[name]) - _mean(before[name])) / spread[name] for name in before]))
 
 
 def _tail(name: str, rewards: np.ndarray, before: np.ndarray) -> dict[str, float]:
     gain = np.asarray(rewards, np.float64) - np.mean(before, axis=1, keepdims=True, dtype=np.float64)
     return {
-        f"reward_gain/{name}/mean": float(gain.mean()),
-        f"reward_gain/{name}/q95": float(np.quantile(gain, UPPER_TAIL)),
+        f"reward_gain/{name}/mean": float(np.nanmean(gain)),
+        f"reward_gain/{name}/q95": float(np.nanquantile(gain, UPPER_TAIL)),
     }
 
 
 def _mean(scores: np.ndarray) -> float:
-    return float(np.mean(scores, dtype=np.float64))
+    return float(np.nanmean(scores, dtype=np.float64))

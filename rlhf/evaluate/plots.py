@@ -128,9 +128,11 @@ def distributions(baseline: Mapping[str, Mapping[str, Any]]) -> list[list[Panel]
         base, aligned, r_ref = (np.asarray(data[k], float) for k in ("samples", "aligned", "r_ref"))
         everything = np.concatenate([base.ravel(), aligned.ravel(), r_ref])
         everything = everything[np.isfinite(everything)]
+        if not len(everything):  # it applies to none of these
+            continue
         margin = 0.04 * float(np.ptp(everything)) or 1.0
         span = (float(everything.min()) - margin, float(everything.max()) + margin)
-        for row in range(count):
+        for row in np.flatnonzero(np.isfinite(r_ref[:count])).tolist():
             panels[row].append(_distribution(name, base[row], aligned[row], float(r_ref[row]), span))
     return panels
 
@@ -158,7 +160,7 @@ def improvement(wins: Mapping[str, Any]) -> list[Panel]:
 
 
 def _waterfall(name: str, difference: np.ndarray) -> Panel:
-    ordered = np.sort(difference)
+    ordered = np.sort(difference[~np.isnan(difference)])
     edges = np.linspace(0, 100, len(ordered) + 1)
 
     def paint(axes: Axes) -> None:

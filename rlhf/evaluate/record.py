@@ -14,6 +14,7 @@ import numpy as np
 from rlhf.evaluate.best_of import BestOf
 from rlhf.evaluate.curve import Choice, Point
 from rlhf.evaluate.samples import PolicySamples
+from rlhf.evaluate.sources import RewardFacts
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class RunRecord:
 
     `metrics` has one flat dict for each alignment step, with these keys (NAME is a reward model; a key that
     is missing is not drawn, and what is not finite is left out): step; kl, nats a response; kl_coef; loss; grad_norm;
-    learning_rate; reward/NAME/mean and reward/NAME/std, raw, nats; r_ref/NAME, nats; utility/NAME and utility/combined,
+    learning_rate; reward/NAME/mean and reward/NAME/std, raw; r_ref/NAME, nats; utility/NAME and utility/combined,
     nats; p_good/NAME, probability; slope/NAME, d combined utility / d raw reward; response_tokens;
     finished, share; skipped, 1 where the optimiser's step was left out because a loss or the gradient was not finite;
-    staleness, versions; seconds, wall time of the step; seconds/generate, seconds/reward,
-    seconds/learn, seconds/publish, summed over processes.
+    absent/NAME, share of responses that the reward does not apply to; staleness, versions; seconds, wall time of the
+    step; seconds/generate, seconds/reward, seconds/learn, seconds/publish, summed over processes.
 
     `baseline` has for each reward model a few example prompts: "prompts", k contents; "samples" [k, m],
     rewards of base responses, NaN where there are fewer; "r_ref" [k]; "aligned" [k, n], rewards of aligned responses.
@@ -47,6 +48,7 @@ class RunRecord:
     points: Sequence[Point] = ()  # the policy while it was trained; none: it was evaluated at its end only
     choice: Choice | None = None  # which of these the aligned policy is
     stopped: str = ""  # why training ended early
+    rewards: Sequence[RewardFacts] = ()
     notes: Sequence[str] = ()  # which faster ways models were too particular for, and why
 
 

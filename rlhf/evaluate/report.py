@@ -15,6 +15,13 @@ summary.json (keys sorted, no NaN):
     evaluations                         a list, by step: the points of `rlhf.evaluate.curve`
     steps_left_out                      steps whose loss or gradient was not finite
     chosen_step, stopped_early          which of them the aligned policy is, or null; why training ended early, or ""
+    rewards.NAME.{kind, scale, error_rate, temperature, reference}    what its numbers mean
+    rewards.NAME.spread                 median over prompts of the base samples' deviation, in its unit
+    rewards.NAME.absent                 share of evaluation prompts that it does not apply to
+    rewards.NAME.calibration            pairs, temperature, standard_error, fault; before and after: accuracy,
+                                        log_loss, error (rlhf.utility.calibration); absent without pairs
+    agreement.NAME NAME                 share of pairs of base responses that both put in one order
+    warnings                            what is to be feared of a reward, in words
     judge                               "own", or "reward_models" when they judged themselves
     prompts, samples, clusters, cluster_by      evaluation prompts, responses to each of them by the aligned
                                         policy, and what the intervals draw: topics or prompts
@@ -31,12 +38,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluate import plots, svg, words
+from rlhf.evaluate import plots, sources, svg, words
 from rlhf.evaluate.curve_plots import evaluation_curves
 from rlhf.evaluate.examples import before_after, prompt_text, worst_prompts
 from rlhf.evaluate.hacking import COUNTERS, Lexicon, hacking
 from rlhf.evaluate.page import template
 from rlhf.evaluate.record import RunRecord
+from rlhf.evaluate.source_plots import calibration_panels
 from rlhf.evaluate.wins import win_rates
 from rlhf.files import write_atomic
 from rlhf.timeline import WAITS
@@ -90,6 +98,7 @@ def summary(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> dict[s
         "judge": "reward_models" if words.judged_by_rewards(run.aligned) else "own",
         "seconds": dict(run.seconds),
         "skipped": list(dict.fromkeys(run.skipped)),
+        **sources.summary(run.rewards, sources.agreement(run.base.rewards)),
         "notes": list(run.notes),
         "versions": dict(run.versions),
     }
@@ -129,6 +138,9 @@ def html(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> str:
         light=svg.css(0),
         dark=svg.css(1),
         win_bars=plots.win_bars(wins),
+        rewards=run.rewards,
+        agreement=sources.agreement(run.base.rewards),
+        calibration=calibration_panels(run.rewards),
         curves=plots.curves(run.metrics, list(run.aligned.rewards)),
         evaluations=evaluation_curves(run.points, run.choice.step) if run.choice is not None else [],
         distributions=list(zip(prompts, plots.distributions(run.baseline), strict=True)),

@@ -17,6 +17,7 @@ from rlhf.evaluate.best_of import best_of
 from rlhf.evaluate.hacking import Lexicon
 from rlhf.evaluate.record import RunRecord, load_samples
 from rlhf.evaluate.samples import PolicySamples
+from rlhf.evaluate.sources import reward_facts
 from rlhf.logs import read_metrics
 from rlhf.sources.source import rewards_of
 from rlhf.utility.pipeline import Utility
@@ -36,8 +37,9 @@ def run_record(
     statistics: Path,
     rules: Mapping[str, ReferenceRule],
     utility: Utility,
+    calibrations: Mapping[str, Mapping[str, Any]],
 ) -> RunRecord:
-    """The record of a finished run from the folders of its stages."""
+    """The record of a finished run from the folders of its stages, and what is known of its rewards' units."""
     base, aligned = load_samples(evaluated / "base.npz"), load_samples(evaluated / "aligned.npz")
     stored = BaselineStatistics.load(statistics)
     chosen, why_not = [], ""
@@ -48,6 +50,7 @@ def run_record(
             why_not = str(error)
     points = curve.read_points(align / curve.FILE)
     settings = config.evaluate
+    rewards = {n: (own, utility.scale(n)) for n, own in rewards_of(config.reward_models).items()}
     return RunRecord(
         title=" · ".join(
             (
@@ -71,6 +74,7 @@ def run_record(
         points=points,
         choice=curve.choose(points, settings.policy, settings.max_kl) if points else None,
         stopped=curve.should_stop(points, settings.patience) or "",
+        rewards=reward_facts(rewards, calibrations, base),
         notes=json.loads((align / "notes.json").read_text()),
     )
 

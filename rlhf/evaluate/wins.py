@@ -1,7 +1,8 @@
 """Did alignment help? Win rates, comparison with random base responses, KL, and who was left behind.
 
 A response wins in a property when its judged score is at least `judge_reference` of its prompt; it wins
-jointly when it wins in every property. Rates are means over prompts of the share of their responses.
+jointly when it wins in every property that applies to the prompt (the scores of others are NaN). Rates are means over
+prompts of the share of their responses: of a property, over those that it applies to.
 
 Intervals (95 %) are percentile bootstraps over clusters, drawn with a fixed seed: prompts with the same
 `meta["topic"]` stand or fall together, so whole topics are drawn; without that column, prompts are. The
@@ -39,7 +40,8 @@ def win_rates(base: PolicySamples, aligned: PolicySamples) -> dict[str, Any]:
         prompts, samples, clusters, cluster_by      what the numbers rest on
 
     Raises:
-        ValueError: a judged score is not finite; it names the property and the prompt.
+        ValueError: a judged score is not finite for some responses of a prompt, or a property applies to none; it names
+            the property and the prompt.
     """
     _check(base, aligned)
     clusters, cluster_by = cluster_index(aligned)
@@ -57,13 +59,13 @@ def win_rates(base: PolicySamples, aligned: PolicySamples) -> dict[str, Any]:
     ci = {n: {k: _pair(intervals[i, j]) for i, k in enumerate(kinds)} for j, n in enumerate(names)}
     return {
         "properties": names[:-1],
-        "win_rate": {n: {"base": float(before[n].mean()), "aligned": float(after[n].mean())} for n in names},
+        "win_rate": {n: {"base": mean(before[n]), "aligned": mean(after[n])} for n in names},
         "win_rate_ci": {n: {k: ci[n][k] for k in ("base", "aligned", "change")} for n in names},
-        "win_vs_random": {n: float(versus[n].mean()) for n in names},
+        "win_vs_random": {n: mean(versus[n]) for n in names},
         "win_vs_random_ci": {n: ci[n]["random"] for n in names},
         "kl": kl,
         "kl_standard_error": kl_standard_error,
-        "left_behind": {n: float(row["left_behind"].mean()) for n, row in table.items()},
+        "left_behind": {n: left_behind(row["difference"]) for n, row in table.items()},
         "per_prompt": table,
         "prompts": len(aligned.prompts),
         "samples": int(aligned.lengths.shape[1]),
@@ -73,16 +75,25 @@ def win_rates(base: PolicySamples, aligned: PolicySamples) -> dict[str, Any]:
 
 
 def prompt_wins(samples: PolicySamples) -> dict[str, np.ndarray]:
-    """Property (then "joint") -> float64 [P]: share of a prompt's responses that reach the reference."""
+    """Property (then "joint") -> float64 [P]: share of a prompt's responses that reach the reference; NaN where the
+    property does not apply."""
+    return {name: won.mean(axis=1) for name, won in response_wins(samples).items()}
+
+
+def response_wins(samples: PolicySamples) -> dict[str, np.ndarray]:
+    """Property (then "joint") -> float64 [P, n]: 1 where a response reaches the reference, else 0; NaN where the
+    property does not apply."""
     wins = {n: s >= samples.judge_reference[n][:, None] for n, s in samples.judged.items()}
-    wins[JOINT] = np.logical_and.reduce(list(wins.values()))
-    return {name: won.mean(axis=1) for name, won in wins.items()}
+    applies = {n: ~np.isnan(samples.judge_reference[n])[:, None] for n in wins}
+    joint = np.logical_and.reduce([won | ~applies[n] for n, won in wins.items()])
+    return {n: np.where(applies[n], won, np.nan) for n, won in wins.items()} | {JOINT: joint.astype(float)}
 
 
 def prompt_versus(base: PolicySamples, aligned: PolicySamples) -> dict[str, np.ndarray]:
     """Property (then "joint") -> float64 [P]: chance that an aligned response beats a random base response.
 
-    A tie counts half. Jointly a response beats another when it is worse in no property and better in one;
+    A tie counts half; where a property does not apply it is NaN, and ties jointly. Jointly a response beats another
+    when it is worse in no property and better in one;
     equal pairs, and pairs where each is better in something, count half. So 0.5 always means "no better".
     All pairs are compared: nothing is drawn.
     """
@@ -96,7 +107,9 @@ def prompt_versus(base: PolicySamples, aligned: PolicySamples) -> dict[str, np.n
     below.append(some_below & ~some_above)
     names = [*aligned.judged, JOINT]
     rates = [0.5 + 0.5 * (a.mean((1, 2)) - b.mean((1, 2))) for a, b in zip(above, below, strict=True)]
-    return dict(zip(names, rates, strict=True))
+    found = dict(zip(names, rates, strict=True))
+    absent = {n: np.isnan(aligned.judge_reference[n]) for n in aligned.judged}
+    return found | {n: np.where(absent[n], np.nan, found[n]) for n in absent}
 
 
 def per_prompt(base: PolicySamples, aligned: PolicySamples) -> dict[str, dict[str, np.ndarray]]:
@@ -117,6 +130,16 @@ def per_prompt(base: PolicySamples, aligned: PolicySamples) -> dict[str, dict[st
     return table
 
 
+def mean(values: np.ndarray) -> float:
+    """Over the prompts that a property applies to."""
+    return float(values[~np.isnan(values)].mean())
+
+
+def left_behind(difference: np.ndarray) -> float:
+    """Share of the prompts that a property applies to whose mean score fell."""
+    return mean(np.where(np.isnan(difference), np.nan, difference < 0))
+
+
 def cluster_index(samples: PolicySamples) -> tuple[np.ndarray, str]:
     """int [P], the cluster of each prompt (0, 1, ...), and what clusters are: "topic" or "prompt"."""
     if all("topic" in meta for meta in samples.meta):
@@ -127,21 +150,24 @@ def cluster_index(samples: PolicySamples) -> tuple[np.ndarray, str]:
 
 
 def bootstrap(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % percentile interval (low [K], high [K]) of the column means of values [P, K], by whole clusters.
+    """95 % percentile interval (low [K], high [K]) of the column means of values [P, K], by whole clusters. NaN is left
+    out; a draw of nothing else too.
 
     >>> low, high = bootstrap(np.array([[0.0], [1.0]] * 50), np.arange(100))
     >>> bool(0.38 < low[0] < 0.42 and 0.58 < high[0] < 0.62)
     True
     """
     count = int(clusters.max()) + 1
-    sizes = np.bincount(clusters, minlength=count)
-    sums = np.zeros((count, values.shape[1]))
-    np.add.at(sums, clusters, values)
+    known = ~np.isnan(values)
+    sizes, sums = np.zeros((2, count, values.shape[1]))
+    np.add.at(sizes, clusters, known.astype(float))
+    np.add.at(sums, clusters, np.where(known, values, 0.0))
     rng, means = np.random.default_rng(SEED), []
     for _ in range(RESAMPLES // _CHUNK):
         drawn = rng.multinomial(count, np.full(count, 1 / count), size=_CHUNK)
-        means.append(drawn @ sums / (drawn @ sizes)[:, None])
-    low, high = np.quantile(np.concatenate(means), [TAIL, 1 - TAIL], axis=0)
+        with np.errstate(invalid="ignore"):
+            means.append(drawn @ sums / (drawn @ sizes))
+    low, high = np.nanquantile(np.concatenate(means), [TAIL, 1 - TAIL], axis=0)
     return low, high
 
 
@@ -176,11 +202,15 @@ def _check(base: PolicySamples, aligned: PolicySamples) -> None:
 def check_finite(policy: str, samples: PolicySamples) -> None:
     """
     Raises:
-        ValueError: a judged score or its reference is not finite; it names property, policy and prompt.
+        ValueError: a judged score or its reference is not finite; it names property, policy and prompt. Where a
+            property does not apply, all are NaN.
     """
     for name, scores in samples.judged.items():
         reference = samples.judge_reference[name]
-        bad = np.flatnonzero(~(np.isfinite(scores).all(axis=1) & np.isfinite(reference)))
+        absent = np.isnan(scores).all(axis=1) & np.isnan(reference)
+        if absent.all():
+            raise ValueError(f"{name}: it applies to none of the {len(absent)} evaluation prompts")
+        bad = np.flatnonzero(~(np.isfinite(scores).all(axis=1) & np.isfinite(reference) | absent))
         if len(bad):
             raise ValueError(
                 f"{name}: a judged score or its reference is not finite for the {policy} on "

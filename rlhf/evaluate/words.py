@@ -62,7 +62,8 @@ def change(wins: Mapping[str, Any], name: str) -> str:
 def judged_by_rewards(samples: PolicySamples) -> bool:
     """Whether the reward models themselves decided the wins."""
     return samples.judged.keys() == samples.rewards.keys() and all(
-        np.array_equal(scores, samples.rewards[name]) for name, scores in samples.judged.items()
+        np.array_equal(scores, samples.rewards[name], equal_nan=True)
+        for name, scores in samples.judged.items()
     )
 
 

@@ -65,16 +65,14 @@ def test_conversations_a_policy_and_reward_models_of_another_tool(tmp_path, prom
     models = {
         name: train_reward_model(tmp_path / name, word) for name, word in (("warm", "tea"), ("kind", "good"))
     }
-    one = "{init_from: null, preferences: null, chat_template: null, training: null, weight: 1.0, "
-    one += "reference: quantile, canned: [], constant: 0.0, column: null, "
     done = rlhf(
         "data=files",
         f"data.prompts={prompts}",
         "data.eval_size=8",
         f"policy.path={policy}",
-        "~reward_models.helpful",
-        "~reward_models.harmless",
-        *(f"+reward_models.{n}={one}path: {p}}}" for n, p in models.items()),
+        "reward_models=none",
+        *(f"+source@reward_models.{n}=classifier" for n in models),
+        *(f"reward_models.{n}.path={p}" for n, p in models.items()),
         "rollout.max_new_tokens=8",
         "rollout.prompts_per_item=4",
         "baseline.samples=16",
@@ -86,7 +84,7 @@ def test_conversations_a_policy_and_reward_models_of_another_tool(tmp_path, prom
     )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-2000:]
     assert "sft: skipped, policy.path=" in done.stdout
-    assert "reward_models: skipped, reward_models.warm.path=" in done.stdout
+    assert "reward_models: skipped, reward_models.warm is given (classifier: " in done.stdout
     latest = tmp_path / "outputs" / "latest"
     summary = json.loads((latest / "summary.json").read_text())
     assert summary["judge"] == "reward_models"
