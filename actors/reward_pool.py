@@ -27,6 +27,7 @@ from actors.fault import Fault
 from actors.resources import keep_memory, room, set_threads, yield_to_learners
 from actors.watchdog import deadline
 from rlhf.config import RecoveryConfig, ResourcesConfig
+from rlhf.sources.answers import check_scale_of
 from rlhf.sources.source import Batch, Place, RewardSource, Source, as_columns
 from rlhf.timeline import Recorder, Span
 from rlhf.types import Content, Response, Rewards, Rollouts, prompt_id
@@ -57,6 +58,7 @@ class RewardReplica:
         self._recorder = Recorder(f"reward {name}")
         self._one_at_a_time = threading.Lock()  # Serve calls from several threads
         self._columns: Columns = ray.get(columns[0]) if columns else {}
+        self._scales = {reward: own.unit for reward, own in source.names(name).items()}
         self._fault: ValueError | None = None
         try:
             self._source = source.open(name, place)
@@ -100,6 +102,8 @@ class RewardReplica:
         with self._one_at_a_time if source.alone else nullcontext():
             with self._recorder.span("score"):
                 rewards = as_columns(source.score(batch))
+                for column, (name, scale) in enumerate(self._scales.items()):
+                    check_scale_of(f"reward source '{name}'", scale, rewards[:, column], batch)
             return rewards, self._recorder.take()
 
 

@@ -125,6 +125,8 @@ def _check_names(config: Config) -> None:
     }
     for key, (value, allowed) in choices.items():
         _refuse(value not in allowed, f"{key}={value} is not one of {', '.join(map(str, allowed))}")
+    for key, source in _all_sources(config):
+        source.check(key)
     for group in ("reward_models", "evaluators"):
         given: dict[str, str] = {}
         for source, settings in getattr(config, group).items():
@@ -303,8 +305,6 @@ def _check_inputs(config: Config) -> None:
                 model.trains() and model.preferences is None and name not in ("helpful", "harmless"),
                 f"give reward_models.{name}.path or .preferences: the microcosm has pairs for helpful and harmless",
             )
-    for key, source in _all_sources(config):
-        source.check(key)
     rewards = rewards_of(models)
     for name in rewards_of(config.evaluators):
         _refuse(

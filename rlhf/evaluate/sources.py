@@ -45,9 +45,10 @@ class RewardFacts:
         found = []
         c = self.calibration
         if c is not None and c["before"]["accuracy"] < POOR:
+            accuracy = percent(c["before"]["accuracy"])
             found.append(
-                f"{self.name}: accuracy {percent(c['before']['accuracy'])} on {c['pairs']} pairs it was not trained on: "
-                "it says little of what is preferred, and alignment to it is in vain"
+                f"{self.name}: accuracy {accuracy} on {c['pairs']} pairs it was not trained on: it says little of what "
+                "is preferred, and alignment to it is in vain"
             )
         if c is not None and c["fault"]:
             found.append(f"{self.name}: no temperature could be fitted: {c['fault']}")

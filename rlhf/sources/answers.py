@@ -7,9 +7,12 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from rlhf.shown import short
 from rlhf.sources.source import Batch
 from rlhf.types import Response
+from rlhf.utility.scales import Scale
 
 
 def named(batch: Batch, row: int) -> str:
@@ -57,6 +60,19 @@ def as_reward(source: str, value: Any, batch: Batch, row: int, nothing: bool = T
             f"{source} returned {_told(value)} for {named(batch, row)}; it must return {instead}"
         )
     return float(value)
+
+
+def check_scale_of(source: str, scale: Scale, rewards: np.ndarray, batch: Batch) -> None:
+    """
+    Raises:
+        ValueError: one of the rewards, float32 [B], is not of the scale; it names source, prompt and response.
+    """
+    found = scale.misfit(rewards)
+    if found is not None:
+        row, why = found
+        raise ValueError(
+            f"{source} gave {rewards[row]:g} for {named(batch, row)}, but its scale is {scale.kind}: {why}"
+        )
 
 
 def _is_sequence(value: Any) -> bool:

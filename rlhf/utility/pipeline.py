@@ -146,10 +146,8 @@ class Utility:
         if present.all():
             return
         whole = torch.from_numpy(np.asarray(group, np.int64))
-        applies = torch.zeros(int(whole.max()) + 1, present.shape[1]).index_reduce(
-            0, whole, present.float(), "mean", include_self=False
-        )
-        uneven = ((applies > 0) & (applies < 1))[whole].nonzero()
+        applies = torch.zeros(int(whole.max()) + 1, present.shape[1]).index_add(0, whole, present.float())
+        uneven = ((applies > 0) & (applies < whole.bincount()[:, None]))[whole].nonzero()
         if len(uneven):
             row, column = uneven[0].tolist()
             raise ValueError(
