@@ -45,6 +45,7 @@ class Evaluate(Stage):
     def make(self, job: Job, output: Output, folder: Path) -> None:
         from actors.evaluation import Evaluation, log_ratio
         from rlhf.evaluate.record import load_samples, save_samples
+        from rlhf.evaluate.samples import applying
 
         align, baseline = self.stages.of(Align), self.stages.of(Baseline)
         aligned = align.policy_path
@@ -53,7 +54,7 @@ class Evaluate(Stage):
         reference = {n: stored.reference(n, evaluation.ids, rule).r_ref for n, rule in baseline.rules.items()}
         before = replace(load_samples(self.stages.of(BaseSamples).path(job)), reference=reference)
         if self.config.data.judge is None:
-            before = replace(before, judged=before.rewards, judge_reference=reference)
+            before = replace(before, judged=applying(before.rewards), judge_reference=reference)
         generators = job.roles.generators
         generators.load(str(aligned))
         with job.view.stage("evaluate", evaluation.items) as progress:
@@ -64,7 +65,7 @@ class Evaluate(Stage):
         after = replace(
             after,
             reference=reference,
-            judged=after.rewards if self.config.data.judge is None else after.judged,
+            judged=applying(after.rewards) if self.config.data.judge is None else after.judged,
             judge_reference=before.judge_reference,
             evaluator_reference=before.evaluator_reference,
             log_ratio=log_ratio(sampled, logprobs).reshape(after.lengths.shape),

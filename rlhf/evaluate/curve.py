@@ -17,7 +17,7 @@ import numpy as np
 
 from rlhf.evaluate.hacking import Lexicon, counted
 from rlhf.evaluate.measures import by_evaluator
-from rlhf.evaluate.samples import PolicySamples
+from rlhf.evaluate.samples import PolicySamples, applying
 from rlhf.evaluate.wins import (
     JOINT,
     bootstrap,
@@ -86,7 +86,7 @@ def point(step: int, samples: PolicySamples, lexicon: Lexicon) -> Point:
 
 def _by_judge(samples: PolicySamples) -> dict[str, PolicySamples]:
     """The samples as each judge sees them."""
-    found = {OPTIMISED: replace(samples, judged=samples.rewards, judge_reference=samples.reference)}
+    found = {OPTIMISED: replace(samples, judged=applying(samples.rewards), judge_reference=samples.reference)}
     if samples.judged and not judged_by_rewards(samples):
         found[OWN] = samples
     if samples.evaluated:

@@ -27,7 +27,7 @@ import numpy as np
 
 from rlhf.evaluate.examples import scales, totals
 from rlhf.evaluate.hacking import Lexicon, hacking
-from rlhf.evaluate.samples import PolicySamples
+from rlhf.evaluate.samples import PolicySamples, applying
 from rlhf.evaluate.wins import JOINT, left_behind, mean, per_prompt, prompt_versus, prompt_wins
 
 LOWER_TAIL, UPPER_TAIL = 0.10, 0.95
@@ -56,11 +56,11 @@ def measure(
         values |= {f"versus/{judge}/{n}": mean(v) for n, v in prompt_versus(before, after).items()}
         values |= {f"score/{judge}/{n}": _mean(s) for n, s in after.judged.items()}
         gained = _gain(before.judged, after.judged)
-        values[f"overoptimisation/{judge}"] = _gain(base.rewards, aligned.rewards) - gained
+        values[f"overoptimisation/{judge}"] = _gain(applying(base.rewards), aligned.rewards) - gained
         start[f"overoptimisation/{judge}"] = 0.0
     values |= progress(base, aligned)
     start |= noise(base, aligned)
-    for name, rewards in aligned.rewards.items():
+    for name, rewards in applying(aligned.rewards).items():
         values |= _tail(name, rewards, base.rewards[name])
         start |= _tail(name, base.rewards[name], base.rewards[name])
     for name, counted in hacking(base, aligned, lexicon).items():

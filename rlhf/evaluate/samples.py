@@ -36,3 +36,8 @@ class PolicySamples:
     log_ratio: np.ndarray  # float32 [P, n]: log policy(y|x) - log reference policy(y|x), nats a response
     evaluated: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [P, n] each
     evaluator_reference: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [P] each
+
+
+def applying(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of scores, [P, n] each, those that apply to a prompt at least."""
+    return {name: values for name, values in scores.items() if not np.isnan(values).all()}

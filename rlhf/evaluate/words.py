@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.evaluate.samples import PolicySamples
+from rlhf.evaluate.samples import PolicySamples, applying
 from rlhf.evaluate.wins import JOINT
 
 FEW_CLUSTERS = 10  # below this, an interval by clusters is rough
@@ -61,7 +61,7 @@ def change(wins: Mapping[str, Any], name: str) -> str:
 
 def judged_by_rewards(samples: PolicySamples) -> bool:
     """Whether the reward models themselves decided the wins."""
-    return samples.judged.keys() == samples.rewards.keys() and all(
+    return samples.judged.keys() == applying(samples.rewards).keys() and all(
         np.array_equal(scores, samples.rewards[name], equal_nan=True)
         for name, scores in samples.judged.items()
     )
