@@ -44,6 +44,23 @@ class BaselineEstimator:
         """Goes on from statistics that were saved when they were not complete."""
         self._known, self._path = BaselineStatistics.load(Path(path)), None
 
+    def reopen(self, path: str, keys: dict[str, str], exact: int) -> None:
+        """Takes over statistics that were frozen, to add to them."""
+        known = BaselineStatistics.load(Path(path))
+        self._known, self._path = BaselineStatistics(exact=exact, keys=keys), None
+        self._known.merge(known)
+
+    def open_rules(self, rules: Mapping[str, ReferenceRule], prompt_ids: np.ndarray) -> tuple[list, list]:
+        """Of these prompts, uint64 [N], those whose references need samples that are not there, bool [N]; and for each
+        canned rule those that its responses were not scored for: (reward, bool [N])."""
+        sampled = [n for n, rule in rules.items() if rule.sampled]
+        lacks = np.zeros(len(prompt_ids), bool)
+        for name in sampled:
+            lacks |= ~self._statistics.known(name, prompt_ids)
+        canned = [n for n, rule in rules.items() if rule.kind == "canned"]
+        open_ = [(n, ~self._statistics.canned(n, prompt_ids)) for n in canned]
+        return lacks.tolist(), [(name, lack.tolist()) for name, lack in open_]
+
     def count(self, model: str, prompt_ids: np.ndarray) -> int:
         """Samples of these prompts together."""
         return int(self._statistics.counts(model, prompt_ids).sum())

@@ -32,7 +32,7 @@ def told(error: BaseException) -> str:
     line = reason(error)
     if line is None:
         traceback.print_exception(error)
-        line = in_one_line(_words(_cause(error))) + _where(error)
+        line = in_one_line(_words(cause_of(error))) + _where(error)
     return f"error: {line}"
 
 
@@ -43,7 +43,7 @@ def reason(error: BaseException) -> str | None:
     where that cannot be pickled; and as the death of an actor that could not be made. Of those without a cause, only
     the text is left.
     """
-    cause = _cause(error)
+    cause = cause_of(error)
     if isinstance(cause, OmegaConfBaseException | HydraException):
         return in_one_line(_composition(cause))
     if (choice := _choice(cause)) is not None:
@@ -89,7 +89,7 @@ def _of_ray(error: BaseException) -> bool:
     return isinstance(error, RayError)
 
 
-def _cause(error: BaseException) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
     """The error that an actor raised, where Ray kept it."""
     if _of_ray(error):
         from ray.exceptions import RayTaskError

@@ -4,6 +4,7 @@ rlhf utility=linear align.kl_coef=0.1      one run
 rlhf -m utility=lsc,linear                 a sweep
 rlhf experiment=study                      the comparison of methods, a sweep of conf/arm
 rlhf --cfg job                             the composed configuration
+rlhf serve ...                             the rewards of such a run over HTTP
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -24,14 +26,19 @@ from actors.session import Session
 from actors.signals import Ended, deaf, end_by_signals, leave
 from actors.sweep import Sweep
 from rlhf.config import Config
-from rlhf.config_checks import typed
+from rlhf.config_checks import stages_to_serve, typed
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "conf"
+_serving = False  # whether the command is `rlhf serve`
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a submitted job
 
 
 def main() -> None:
     """The console script. A user's error ends it with status 1 and one line; SIGTERM with 143, SIGINT with 130."""
+    global _serving
+    if sys.argv[1:2] == ["serve"]:
+        _serving = True
+        del sys.argv[1]
     os.environ.setdefault("RLHF_OUTPUT_DIR", _default_output())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and prints none
     os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"  # it replaces ours, and aborts on SIGTERM
@@ -69,7 +76,9 @@ def _run(values: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir).absolute()
     session = Session()
     try:
-        config = typed(values)
+        config = typed(values, _serving)
+        if _serving and Sweep.current is not None:
+            raise ValueError("rlhf serve is no sweep: leave -m out")
         if Sweep.current is None:
             run(config, folder, OmegaConf.to_yaml(values, resolve=True), session)
         else:
@@ -92,6 +101,7 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
         ValueError: what the user gave cannot work; most of it is found before Ray starts.
     """
     from actors.preflight import preflight
+    from actors.resources import check_port
     from actors.stages.stage import Stages
     from rlhf.files import link, write_atomic
     from rlhf.progress import View
@@ -108,10 +118,19 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     write_atomic(folder / "versions.json", json.dumps(versions(), indent=1))
     store = Store(root / "store", view.line)
     store.sweep()
+    if _serving:
+        check_port("serve.port", config.serve.port, config.serve.host)
+        config = replace(config, stages=stages_to_serve(config))
     stages = Stages(config, preflight(config, store), store)
-    if not stages.complete():
+    if _serving or not stages.complete():
         session.start(config)
     from actors.stages.job import Job  # seconds of imports, while Ray starts
 
-    Job(stages, session, folder, view, started).execute()
-    link(root / "latest", folder)
+    job = Job(stages, session, folder, view, started)
+    if _serving:
+        from actors.serve import serve_rewards
+
+        serve_rewards(job, folder)
+    else:
+        job.execute()
+        link(root / "latest", folder)

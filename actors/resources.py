@@ -131,10 +131,10 @@ def check_offer(config: Config, offered: dict[str, float]) -> None:
             )
 
 
-def check_port(key: str, port: int) -> None:
+def check_port(key: str, port: int, host: str = "127.0.0.1") -> None:
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            s.bind(("127.0.0.1", port))
+            s.bind((host, port))
         except OSError as error:
             raise ValueError(f"{key}={port}: the port is in use ({error.strerror}); choose another") from None

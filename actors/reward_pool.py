@@ -21,6 +21,7 @@ import numpy as np
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.config import HTTPOptions
 
 from actors.failures import PATIENCE
 from actors.fault import Fault
@@ -92,10 +93,17 @@ class RewardReplica:
             )
         )
 
-    def score_texts(self, contents: Sequence[Content], responses: Sequence[Response]) -> np.ndarray:
-        """Rewards of given responses, float32 [B, H]."""
-        ids = [prompt_id(content) for content in contents] if self._columns else []
-        return self._scored(Batch(contents, responses, columns=columns_of(self._columns, ids)))[0]
+    def score_texts(
+        self,
+        contents: Sequence[Content],
+        responses: Sequence[Response],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> np.ndarray:
+        """Rewards of given responses, float32 [B, H]. columns: of their prompts; None: those of the data set."""
+        if columns is None:
+            ids = [prompt_id(content) for content in contents] if self._columns else []
+            columns = columns_of(self._columns, ids)
+        return self._scored(Batch(contents, responses, columns=columns))[0]
 
     def _scored(self, batch: Batch) -> tuple[np.ndarray, tuple[Span, ...]]:
         source = self._ready()
@@ -142,6 +150,16 @@ class RewardIngress:
         """One reward of given responses, float32 [N]."""
         source, given = next((s, g) for s, g in self._rewards.items() if reward in g)
         return (await self._call(source, "score_texts", contents, responses))[:, given.index(reward)]
+
+    async def raw_texts(
+        self,
+        contents: Sequence[Content],
+        responses: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None,
+    ) -> np.ndarray:
+        """All rewards of given responses, float32 [N, M]."""
+        calls = (self._call(s, "score_texts", contents, responses, columns) for s in self._sources)
+        return np.concatenate(await asyncio.gather(*calls), 1)
 
     async def rewards(
         self,
@@ -192,16 +210,21 @@ class RewardPool:
         dtype: str,
         baseline: Any,
         recovery: RecoveryConfig,
+        http: HTTPOptions | None = None,
     ) -> None:
         """
         Args:
+            http: where Serve listens, if it does.
             paths: of models that were trained here.
             columns: those of the prompts' data set, for sources that read them.
         """
         self._silence = recovery.silence
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-        self._name = f"rewards-{uuid.uuid4().hex[:8]}"
+        if http is None:
+            serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+        else:
+            serve.start(proxy_location="HeadOnly", http_options=http, logging_config={"log_level": "ERROR"})
+        self.name = f"rewards-{uuid.uuid4().hex[:8]}"
         app = serve.deployment(RewardIngress).options(
             name="ingress",
             max_ongoing_requests=64,
@@ -225,7 +248,7 @@ class RewardPool:
         try:
             target = serve.RunTarget(
                 app.bind(deployments, given, baseline),
-                self._name,
+                self.name,
                 None,
                 logging_config={"log_level": "ERROR"},
             )
@@ -250,7 +273,7 @@ class RewardPool:
         """
         end, tell = time.monotonic() + seconds, time.monotonic() + PATIENCE
         while True:
-            status = serve.status().applications[self._name]
+            status = serve.status().applications[self.name]
             if status.status == "RUNNING":
                 return
             states = "; ".join(f"{n}: {d.status} {d.message}".strip() for n, d in status.deployments.items())
@@ -292,8 +315,8 @@ class RewardPool:
         Raises:
             Fault: Serve's controller does not answer.
         """
-        with deadline(ENDS, f"the end of Serve's application {self._name}"):
-            serve.delete(self._name)
+        with deadline(ENDS, f"the end of Serve's application {self.name}"):
+            serve.delete(self.name)
 
 
 def _checked(recovery: RecoveryConfig) -> dict[str, float]:

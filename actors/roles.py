@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
+from ray.serve.config import HTTPOptions
+
 from actors.baseline import Baseline
 from actors.fault import Fault
 from actors.generator_pool import GeneratorPool
@@ -27,6 +29,7 @@ class Roles:
     def __init__(self, stages: Stages, session: Session, say: Callable[[str], None]) -> None:
         self.config, self.stages, self.session, self._say = stages.config, stages, session, say
         self._told = False
+        self.http: HTTPOptions | None = None  # where Serve listens, of `rlhf serve`
 
     def _role(self, name: str, parts: object, make: Callable[[], Any]) -> Any:
         self.session.start(self.config)
@@ -80,7 +83,7 @@ class Roles:
             baseline,  # another one is asked
             self.config.recovery.silence,
         )
-        settings = (resources, budget, self.config.dtype, baseline, self.config.recovery)
+        settings = (resources, budget, self.config.dtype, baseline, self.config.recovery, self.http)
         return self._role(name, parts, lambda: RewardPool(sources, paths, data.columns, *settings))
 
     @contextmanager

@@ -29,8 +29,8 @@ class Ended(BaseException):
 class _Orderly:
     """The block of `orderly` that runs, if there is one."""
 
-    def __init__(self, grace: float) -> None:
-        self.grace, self.heard = grace, 0
+    def __init__(self, grace: float, what: str) -> None:
+        self.grace, self.what, self.heard = grace, what, 0
 
 
 _orderly: _Orderly | None = None
@@ -57,16 +57,19 @@ def hear_again() -> None:
 
 
 @contextmanager
-def orderly(grace: float) -> Iterator[Callable[[], bool]]:
+def orderly(
+    grace: float, what: str = "a checkpoint is written after this step"
+) -> Iterator[Callable[[], bool]]:
     """Within, the first signal interrupts nothing. Who is within asks whether one came, saves what it has, and leaves
-    the block, which then raises `Ended`. It has `grace` seconds for that; a second signal ends it at once.
+    the block, which then raises `Ended`. It has `grace` seconds for that; a second signal ends it at once. `what`: is
+    done meanwhile, as the signal's line says.
 
     >>> with orderly(10.0) as asked: asked()
     False
     """
     global _orderly
     assert _orderly is None, "blocks are not nested"
-    _orderly = mine = _Orderly(grace)
+    _orderly = mine = _Orderly(grace, what)
     try:
         yield lambda: mine.heard != 0
     except Exception as error:
@@ -103,8 +106,8 @@ def _raise(number: int, _: object) -> None:
     if _orderly is not None and _orderly.heard == 0 and _orderly.grace > 0:
         _orderly.heard = number
         sys.stderr.write(
-            f"{signal.Signals(number).name}: a checkpoint is written after this step, in {_orderly.grace:g} s at most; "
-            "a second signal ends at once\n"
+            f"{signal.Signals(number).name}: {_orderly.what}, in {_orderly.grace:g} s at most; a second signal ends at "
+            "once\n"
         )
         sys.stderr.flush()
         return

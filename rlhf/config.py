@@ -230,6 +230,24 @@ class LoggingConfig:
 
 
 @dataclass
+class ServeConfig:
+    """`rlhf serve`: the reward pool over HTTP."""
+
+    host: str
+    port: int
+    token_env: (
+        str | None
+    )  # environment variable with the token that clients show; null: one is made, and kept in a file
+    unseen: str  # prompts whose references need samples that are not there: sample | refuse
+    max_body: int  # bytes of a request
+    max_responses: int  # of a request
+    timeout: float  # seconds of a request
+    batch: int  # responses of several requests that are scored together, at most
+    drain: float  # seconds for requests under way when it is ended
+    strip: list[str]  # texts that end responses where a client's tokenizer leaves them there
+
+
+@dataclass
 class StudyConfig:
     """A cell of a sweep that is compared with its other cells (`rlhf/evaluate/comparison.py`)."""
 
@@ -259,4 +277,5 @@ class Config:
     resources: ResourcesConfig
     recovery: RecoveryConfig
     logging: LoggingConfig
+    serve: ServeConfig
     study: StudyConfig | None

@@ -22,8 +22,8 @@ from rlhf.utility.kinds import check_utility
 DTYPES = ("float32", "bfloat16", "auto")
 
 
-def typed(values: DictConfig) -> Config:
-    """The composed Hydra configuration as a checked `Config`.
+def typed(values: DictConfig, serving: bool = False) -> Config:
+    """The composed Hydra configuration as a checked `Config`; `serving`: of `rlhf serve`, which may be without prompts.
 
     Raises:
         ValueError: a key is unknown, missing, of the wrong type, or at odds with another; it names the key.
@@ -38,8 +38,19 @@ def typed(values: DictConfig) -> Config:
     for group in ("reward_models", "evaluators"):
         found = {name: typed_source(f"{group}.{name}", v) for name, v in getattr(config, group).items()}
         setattr(config, group, found)
-    check(config)
+    check(config, serving)
     return config
+
+
+def stages_to_serve(config: Config) -> list[str]:
+    """What is made before it serves: models that are not given, and the references of prompts that are."""
+    prompts = config.data.microcosm is not None or config.data.prompts is not None
+    trained = any(source.trains() for source in config.reward_models.values())
+    policy = prompts or any(s.trains() and s.own["init_from"] is None for s in config.reward_models.values())
+    chosen = {"sft": policy, "reward_models": trained or prompts, "baseline": prompts}
+    calibrated = any(own.calibration is not None for own in rewards_of(config.reward_models).values())
+    chosen["reward_models"] |= calibrated
+    return [stage for stage, wanted in chosen.items() if wanted]
 
 
 def typed_source(key: str, given: Any) -> Source:
@@ -83,12 +94,12 @@ def _misfit(values: DictConfig) -> str:
     return "?"
 
 
-def check(config: Config) -> None:
+def check(config: Config, serving: bool = False) -> None:
     """Refuses impossible values and combinations; each message names the key."""
     _check_names(config)
     check_ranges(config)
     _check_numbers(config)
-    _check_inputs(config)
+    _check_inputs(config, serving)
 
 
 def _refuse(condition: bool, message: str) -> None:
@@ -119,6 +130,7 @@ def _check_names(config: Config) -> None:
             config.algorithm.aggregate,
             ("response_sum", "token_mean", "response_mean", "length_limit"),
         ),
+        "serve.unseen": (config.serve.unseen, ("sample", "refuse")),
         "evaluate.policy": (config.evaluate.policy, ("best", "last")),
         "algorithm.kl": (config.algorithm.kl, ("reward", "loss")),
         "algorithm.kl_estimator": (config.algorithm.kl_estimator, ("k1", "k2", "k3")),
@@ -276,19 +288,21 @@ def _check_sources(config: Config) -> None:
         )
 
 
-def _check_inputs(config: Config) -> None:
+def _check_inputs(config: Config, serving: bool) -> None:
     data, policy, models = config.data, config.policy, config.reward_models
     _refuse(not models, "reward_models is empty: give at least one")
     _check_sources(config)
     if data.microcosm is None:
+        alone = serving and data.prompts is None
         _refuse(
-            data.prompts is None, "data.prompts is missing: give a JSONL, CSV or Parquet file, or a hub name"
+            data.prompts is None and not serving,
+            "data.prompts is missing: give a JSONL, CSV or Parquet file, or a hub name",
         )
         _refuse(
             data.judge is not None, f"data.judge={data.judge} needs the microcosm's prompts (data=microcosm)"
         )
         _refuse(
-            policy.path is None and (data.demonstrations is None or policy.init_from is None),
+            not alone and policy.path is None and (data.demonstrations is None or policy.init_from is None),
             "give policy.path (a finished policy), or policy.init_from and data.demonstrations (to train one)",
         )
         for name, model in models.items():

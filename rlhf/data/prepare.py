@@ -85,8 +85,9 @@ def prepare(config: Config, store: Store) -> RunData:
     )
     demonstrations = _sources(data.demonstrations)
     if data.microcosm is None:
-        assert data.prompts is not None
-        prompts, held_out = _split(config, load_prompts(data.prompts))
+        prompts, held_out = [], []  # of a server that has none
+        if data.prompts is not None:
+            prompts, held_out = _split(config, load_prompts(data.prompts))
         preferences, evaluators = given, apart
     else:
         size = data.microcosm

@@ -61,20 +61,29 @@ class Utility:
         self, rollouts: Rollouts, raw: np.ndarray, references: Mapping[str, PromptReferences]
     ) -> Rewards:
         """Everything a learner and the metrics want of rollouts, whose G prompts the references are of."""
-        values, by_model = _tensor(raw), self._references(references, rollouts.group)
-        utilities, combined = self._evaluate(values, by_model, rollouts.group, rollouts.prompts)
+        found = self.details(raw, references, rollouts.group, rollouts.prompts)
+        return Rewards(rollouts.item, rollouts.version, tuple(self.weights), **found)
+
+    @torch.inference_mode(False)
+    def details(
+        self,
+        raw: np.ndarray,
+        references: Mapping[str, PromptReferences],
+        group: np.ndarray,
+        prompts: Sequence[Content] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """raw, reference, utility, p_good, combined and slope of responses, as `Rewards` has them."""
+        values, by_model = _tensor(raw), self._references(references, group)
+        utilities, combined = self._evaluate(values, by_model, group, prompts)
         columns = zip(by_model.items(), values.detach().unbind(-1), strict=True)
-        return Rewards(
-            item=rollouts.item,
-            version=rollouts.version,
-            models=tuple(self.weights),
-            raw=values.detach().numpy(),
-            reference=_stack(r.r_ref for r in by_model.values()),
-            utility=utilities.detach().numpy(),
-            p_good=_stack(p_good(self.scale(model), column, r) for (model, r), column in columns),
-            combined=combined.detach().numpy(),
-            slope=_slope(combined, values),
-        )
+        return {
+            "raw": values.detach().numpy(),
+            "reference": _stack(r.r_ref for r in by_model.values()),
+            "utility": utilities.detach().numpy(),
+            "p_good": _stack(p_good(self.scale(model), column, r) for (model, r), column in columns),
+            "combined": combined.detach().numpy(),
+            "slope": _slope(combined, values),
+        }
 
     @torch.inference_mode(False)
     def combined(

@@ -209,6 +209,10 @@ class BaselineStatistics:
         """Which prompts have samples of the base policy, bool [B]."""
         return self.counts(model, prompt_ids) > 0
 
+    def canned(self, model: str, prompt_ids: np.ndarray) -> np.ndarray:
+        """Which prompts have rewards of canned responses, bool [B]."""
+        return self._counted("canned", model, np.asarray(prompt_ids, np.uint64)) > 0
+
     def samples(self, model: str, prompt_id: int) -> np.ndarray:
         """The base policy's rewards of one prompt, float32 [m], ascending.
 

@@ -1,0 +1,130 @@
+"""`rlhf serve`: the reward pool over HTTP, for as long as nobody ends it.
+
+rlhf serve ...                 the overrides of a run: models, references and utility are those of that run
+rlhf serve data=none ...       no prompts of its own: references are made when they are asked for
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from actors.fault import Fault
+from actors.generator import Generator
+from actors.resources import actor_options
+from actors.reward_pool import RewardPool
+from actors.server import Served, server
+from actors.signals import orderly
+from actors.stages.align import Align
+from actors.stages.baseline import Baseline
+from actors.stages.job import Job
+from actors.stages.reward_models import RewardModels
+from actors.stages.sft import Sft
+from rlhf.config import Config
+from rlhf.files import write_atomic
+from rlhf.serving.protocol import ModelInfo
+from rlhf.sources.source import rewards_of
+
+TOKEN = "token"
+PATHS = "/v1/rewards, /get_reward, /slime, /classify; /health, /metrics, /openapi.json"
+SLACK = 5.0  # seconds beyond a request's own limit that Serve gives it
+LOOK = 1.0  # seconds between two looks at whether all is well
+
+
+def token_of(config: Config, folder: Path) -> tuple[str, str]:
+    """The token that clients show, and where it is from, in words.
+
+    Raises:
+        ValueError: the environment variable that is named is not set; it names the key.
+    """
+    name = config.serve.token_env
+    if name is not None:
+        token = os.environ.get(name, "")
+        if not token:
+            raise ValueError(f"serve.token_env={name}: there is no such environment variable, or it is empty")
+        return token, f"the environment variable {name}"
+    token = secrets.token_urlsafe(32)
+    path = folder / TOKEN
+    path.touch(mode=0o600)
+    write_atomic(path, token + "\n")
+    path.chmod(0o600)
+    return token, str(path)
+
+
+def serve_rewards(job: Job, folder: Path) -> None:
+    """Makes what is not there, and serves until a signal asks it to end; returns when requests under way are answered."""
+    config, settings = job.config, job.config.serve
+    token, whence = token_of(config, folder)
+    job.roles.http = HTTPOptions(
+        host=settings.host, port=settings.port, request_timeout_s=settings.timeout + SLACK
+    )
+    job.execute()
+    with orderly(settings.drain, "requests under way are answered") as asked:
+        pool = job.roles.rewards
+        served = _served(job, pool)
+        app = server(served, token, settings)
+        serve.run(app, name="server", route_prefix="/", logging_config={"log_level": "ERROR"})
+        job.view.line(f"serve: rewards {', '.join(served.models)} at {PATHS}")
+        job.view.line(f"serve: http://{settings.host}:{settings.port}, the token is in {whence}")
+        while not asked():
+            time.sleep(LOOK)
+            _check(pool)
+        serve.delete("server")
+
+
+def _check(pool: RewardPool) -> None:
+    """
+    Raises:
+        Fault: an application that serves is no more.
+    """
+    found = serve.status().applications
+    for name in ("server", pool.name):
+        if name not in found or found[name].status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise Fault(f"Serve's application {name} is not there any more")
+
+
+def _served(job: Job, pool: RewardPool) -> Served:
+    config, stages = job.config, job.stages
+    baseline, models, utility = stages.of(Baseline), stages.of(RewardModels), stages.of(Align).utility
+    ask = job.roles.baseline.ask
+    if "baseline" in config.stages:
+        ask("reopen", str(baseline.statistics_path), baseline.keys, config.baseline.exact)
+    else:
+        ask("reset", dict.fromkeys(baseline.rules, "served"), config.baseline.exact)
+    rewards = rewards_of(config.reward_models)
+    sampled = any(rule.sampled for rule in baseline.rules.values()) or utility.needs_samples
+    generator: Any = None
+    if sampled and config.serve.unseen == "sample":
+        actor = ray.remote(Generator).options(**actor_options(config.resources.generators))
+        generator = actor.remote(0, config.rollout, config.policy.chat_template, config.resources.generators)
+        ray.get(generator.load.remote(stages.of(Sft).policy_path), timeout=config.recovery.startup)
+    infos = {
+        name: ModelInfo(
+            kind=own.kind,
+            scale=utility.scale(name).kind,
+            temperature=utility.scale(name).temperature,
+            error_rate=utility.scale(name).error_rate,
+            weight=own.weight,
+            fingerprint=models.names[name],
+        )
+        for name, own in rewards.items()
+    }
+    canned = {name: own.canned for name, own in rewards.items() if own.reference == "canned"}
+    return Served(
+        pool.name,
+        job.roles.baseline.actor,
+        generator,
+        infos,
+        utility,
+        baseline.rules,
+        canned,
+        config.baseline.samples,
+        config.seed,
+    )
