@@ -137,6 +137,7 @@ class Rewards:
     item: int
     version: int
     models: tuple[str, ...]  # [M] names, the order of the columns below
+    weights: tuple[float, ...]  # [M], of the utilities in the combination
     raw: np.ndarray  # float32 [B, M]: Bradley-Terry reward, in nats of preference odds
     reference: np.ndarray  # float32 [B, M]: r_ref of the response's prompt
     utility: np.ndarray  # float32 [B, M]: transformed reward, in nats for the log-probability transforms

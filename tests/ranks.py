@@ -125,11 +125,11 @@ def experiences(lengths: list[list[int]]) -> list[Experience]:
             finished=np.ones(n, bool),
             texts=("",) * n,
         )
-        columns = {
-            k: np.zeros((n, 1), np.float32) for k in ("raw", "reference", "utility", "p_good", "slope")
-        }
+        columns = {k: np.zeros((n, 2), np.float32) for k in ("raw", "reference", "p_good", "slope")}
         combined = rng.normal(size=n).astype(np.float32)
-        made.append(Experience(rollouts, Rewards(item, 0, ("a",), combined=combined, **columns)))
+        columns["utility"] = np.random.default_rng(item).normal(size=(n, 2)).astype(np.float32)
+        rewards = Rewards(item, 0, ("a", "b"), (1.0, 0.5), combined=combined, **columns)
+        made.append(Experience(rollouts, rewards))
     return made
 
 

@@ -17,7 +17,8 @@ SMALL = 1e-6  # added to a standard deviation that divides
 class Outcome:
     """What a rank's b responses, of t tokens together, were worth. Groups are contiguous and of equal size.
 
-    A response's utility comes with its last token; a penalty (KL in the reward) with each token.
+    A response's utility comes with its last token; a penalty (KL in the reward) with each token. A model's utility is
+    NaN where it does not apply to a prompt: then for the whole group.
     """
 
     utility: torch.Tensor  # float32 [b]
@@ -26,6 +27,8 @@ class Outcome:
     group_size: int
     values: torch.Tensor | None = None  # float32 [t]: the critic's, of the state before each token
     trace: float = 1.0  # lambda of GAE
+    utilities: torch.Tensor | None = None  # float32 [b, M]: each model's, of which `utility` is made
+    weights: torch.Tensor | None = None  # float32 [M], of the models
     over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums  # adds up over ranks
 
     @property

@@ -56,6 +56,7 @@ class Utility:
             item=rollouts.item,
             version=rollouts.version,
             models=tuple(self.weights),
+            weights=tuple(self.weights.values()),
             raw=values.detach().numpy(),
             reference=_stack(r.r_ref for r in by_model.values()),
             utility=utilities.detach().numpy(),

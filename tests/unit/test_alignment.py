@@ -128,7 +128,9 @@ def experiences(policy_folder):
         names = ("raw", "reference", "utility", "p_good", "slope")
         columns = {k: rng.normal(size=shape).astype(np.float32) for k in names}
         combined = rng.normal(size=shape[0]).astype(np.float32)
-        made.append(Experience(rollouts, Rewards(item, 0, ("a", "b"), combined=combined, **columns)))
+        made.append(
+            Experience(rollouts, Rewards(item, 0, ("a", "b"), (1.0, 0.5), combined=combined, **columns))
+        )
     return made
 
 
