@@ -197,6 +197,7 @@ PPO: dict[str, Any] = {
     "scale": "batch",
     "critic": CriticConfig(init_from=None, learning_rate=1e-3, trace=0.9, clip=0.2),
 }
+GDPO: dict[str, Any] = {"advantage": "gdpo", "kl": "loss", "kl_estimator": "k3"}
 TARGETS = "(.*(q|v)_proj)|lm_head"
 MANY, ONE = [[70, 9], [40, 20], [90, 3]], [[70, 9]]
 RUNS: dict[str, Callable[[Ranks], tuple[Steps, Trainer]]] = {
@@ -213,6 +214,8 @@ RUNS: dict[str, Callable[[Ranks], tuple[Steps, Trainer]]] = {
     "rloo": lambda at: aligned(at, MANY),
     "rloo, one prompt": lambda at: aligned(at, ONE, kl="loss", kl_estimator="k3", entropy_coef=0.1),
     "reinforce++, one prompt": lambda at: aligned(at, ONE, advantage="batch_mean", scale="batch"),
+    "gdpo": lambda at: aligned(at, MANY, **GDPO),
+    "gdpo, one prompt": lambda at: aligned(at, ONE, **GDPO),
     "ppo": lambda at: aligned(at, MANY, **PPO),
     "ppo, one prompt": lambda at: aligned(at, ONE, **PPO),
     "lora": lambda at: aligned(at, MANY, TARGETS, epochs=2),

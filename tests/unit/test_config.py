@@ -12,6 +12,7 @@ from rlhf.config_numbers import RANGES
 from rlhf.data.microcosm import CANNED_REFUSALS
 
 FILES = ["data=files", "data.prompts=p.jsonl", "policy.path=p"]
+GDPO = ["algorithm=gdpo", "utility=linear"]
 GIVEN = [*FILES, "reward_models.helpful.path=h", "reward_models.harmless.path=s"]
 
 
@@ -27,6 +28,7 @@ def config(*overrides: str):
         ["experiment=quick"],
         ["experiment=study", "arm=par"],
         ["utility=linear"],
+        ["algorithm=gdpo", "utility=zscore", "reward_models.helpful.weight=2"],
         ["deepspeed=zero3"],
         GIVEN,
     ],
@@ -113,6 +115,16 @@ def test_the_canned_refusals_are_the_microcosms():
         (["stages='${seed}'"], r"'stages' must be list, and is 0"),
         (["rollout='${seed}'"], r"'rollout' must be a group of keys, and is 0"),
         (["resources.max_reward_replicas=1", "resources.reward.count=2"], r"max_reward_replicas=1 is below"),
+        (
+            ["algorithm=gdpo"],
+            r"utility.combine=and: algorithm.advantage=gdpo .* set utility.combine=weighted_sum",
+        ),
+        ([*GDPO, "algorithm.kl=reward"], r"algorithm.kl=reward: .*advantage=gdpo .* set algorithm.kl=loss"),
+        (
+            [*GDPO, "algorithm.scale=batch"],
+            r"algorithm.scale=batch: .*advantage=gdpo .* algorithm.scale=none",
+        ),
+        ([*GDPO, "align.samples_per_prompt=1"], r"align.samples_per_prompt=1: .*advantage=gdpo.* at least 2"),
     ],
 )
 def test_impossible_values_are_refused_by_key(overrides, message):
