@@ -29,6 +29,7 @@ def config(*overrides: str):
         ["experiment=study", "arm=par"],
         ["utility=linear"],
         ["algorithm=gdpo", "utility=zscore", "reward_models.helpful.weight=2"],
+        ["experiment=study", "arm=gdpo"],
         ["deepspeed=zero3"],
         GIVEN,
     ],
