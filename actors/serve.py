@@ -59,7 +59,7 @@ def token_of(config: Config, folder: Path) -> tuple[str, str]:
 
 
 def serve_rewards(job: Job, folder: Path) -> None:
-    """Makes what is not there, and serves until a signal asks it to end; returns when requests under way are answered."""
+    """Makes what is not there, and serves until a signal asks it to end and what is asked is answered."""
     config, settings = job.config, job.config.serve
     token, whence = token_of(config, folder)
     job.roles.http = HTTPOptions(

@@ -100,7 +100,8 @@ class PoolScorer:
         rows = [(p, r, c.columns) for c, p in zip(conversations, contents, strict=True) for r in c.responses]
         if not rows:
             return np.empty((0, len(self.models)), np.float32)
-        waiting = _Waiting(*(list(column) for column in zip(*rows, strict=True)))
+        prompts, responses, columns = (list(column) for column in zip(*rows, strict=True))
+        waiting = _Waiting(prompts, responses, columns)
         self._waiting.append(waiting)
         self._start()
         return await waiting.answer

@@ -55,7 +55,7 @@ class Other:
         from rlhf.types import Rewards
 
         one = np.zeros((8, 1), np.float32)
-        return Rewards(item, 0, ("a",), one, one, one, one, one[:, 0], one)
+        return Rewards(item, 0, ("a",), (1.0,), one, one, one, one, one[:, 0], one)
 
     def align(self, batch: Any, coefficients: Any) -> Any:
         return {"sum/trained_tokens": 1.0, "sum/tokens": 1.0, "sum/surprise": 0.0, "loss": 0.0}, ()

@@ -184,7 +184,7 @@ def _check_numbers(config: Config) -> None:
 
 def _check_algorithm(config: Config) -> None:
     align, algorithm, critic = config.align, config.algorithm, config.algorithm.critic
-    grouped = algorithm.advantage in ("leave_one_out", "group_mean") or algorithm.scale == "group"
+    grouped = algorithm.advantage in ("leave_one_out", "group_mean", "gdpo") or algorithm.scale == "group"
     _refuse(
         grouped and align.samples_per_prompt < 2,
         f"align.samples_per_prompt={align.samples_per_prompt}: a baseline made of the prompt's other responses "
@@ -205,6 +205,8 @@ def _check_algorithm(config: Config) -> None:
         algorithm.kl_target is not None and align.kl_coef == 0,
         "algorithm.kl_target needs an align.kl_coef above 0 to start from",
     )
+    if algorithm.advantage == "gdpo":
+        _check_gdpo(config)
     gae = algorithm.advantage == "gae"
     _refuse(gae and critic is None, "algorithm.advantage=gae needs algorithm.critic, as in algorithm=ppo")
     _refuse(
@@ -213,6 +215,25 @@ def _check_algorithm(config: Config) -> None:
     )
     if critic is not None:
         _check_schedule("algorithm.critic.learning_rate", critic.learning_rate)
+
+
+def _check_gdpo(config: Config) -> None:
+    algorithm, combine = config.algorithm, config.utility.combine
+    _refuse(
+        combine != "weighted_sum",
+        f"utility.combine={combine}: algorithm.advantage=gdpo normalises each reward model's utility and adds them by "
+        "their weights; set utility.combine=weighted_sum, as in utility=linear",
+    )
+    _refuse(
+        algorithm.kl != "loss",
+        f"algorithm.kl={algorithm.kl}: with algorithm.advantage=gdpo rewards are normalised apart, and a KL penalty "
+        "among them would be lost; set algorithm.kl=loss, with algorithm.kl_estimator=k2 or k3",
+    )
+    _refuse(
+        algorithm.scale != "none",
+        f"algorithm.scale={algorithm.scale}: algorithm.advantage=gdpo divides by the batch's deviation itself; set "
+        "algorithm.scale=none",
+    )
 
 
 def _check_baseline(config: Config) -> None:

@@ -137,9 +137,8 @@ class Rewards:
     item: int
     version: int
     models: tuple[str, ...]  # [M] names, the order of the columns below
-    raw: (
-        np.ndarray
-    )  # float32 [B, M]: as its source gives it; NaN, as the three below, where it does not apply
+    weights: tuple[float, ...]  # [M], of the utilities in the combination
+    raw: np.ndarray  # float32 [B, M], as sources give them; NaN, as the three below, where they do not apply
     reference: np.ndarray  # float32 [B, M]: r_ref of the response's prompt
     utility: np.ndarray  # float32 [B, M]: transformed reward, in nats for the log-probability transforms
     p_good: np.ndarray  # float32 [B, M]: P(good) by its scale (rlhf.utility.units); NaN of a scale without

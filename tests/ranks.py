@@ -125,11 +125,11 @@ def experiences(lengths: list[list[int]]) -> list[Experience]:
             finished=np.ones(n, bool),
             texts=("",) * n,
         )
-        columns = {
-            k: np.zeros((n, 1), np.float32) for k in ("raw", "reference", "utility", "p_good", "slope")
-        }
+        columns = {k: np.zeros((n, 2), np.float32) for k in ("raw", "reference", "p_good", "slope")}
         combined = rng.normal(size=n).astype(np.float32)
-        made.append(Experience(rollouts, Rewards(item, 0, ("a",), combined=combined, **columns)))
+        columns["utility"] = np.random.default_rng(item).normal(size=(n, 2)).astype(np.float32)
+        rewards = Rewards(item, 0, ("a", "b"), (1.0, 0.5), combined=combined, **columns)
+        made.append(Experience(rollouts, rewards))
     return made
 
 
@@ -197,6 +197,7 @@ PPO: dict[str, Any] = {
     "scale": "batch",
     "critic": CriticConfig(init_from=None, learning_rate=1e-3, trace=0.9, clip=0.2),
 }
+GDPO: dict[str, Any] = {"advantage": "gdpo", "kl": "loss", "kl_estimator": "k3"}
 TARGETS = "(.*(q|v)_proj)|lm_head"
 MANY, ONE = [[70, 9], [40, 20], [90, 3]], [[70, 9]]
 RUNS: dict[str, Callable[[Ranks], tuple[Steps, Trainer]]] = {
@@ -213,6 +214,8 @@ RUNS: dict[str, Callable[[Ranks], tuple[Steps, Trainer]]] = {
     "rloo": lambda at: aligned(at, MANY),
     "rloo, one prompt": lambda at: aligned(at, ONE, kl="loss", kl_estimator="k3", entropy_coef=0.1),
     "reinforce++, one prompt": lambda at: aligned(at, ONE, advantage="batch_mean", scale="batch"),
+    "gdpo": lambda at: aligned(at, MANY, **GDPO),
+    "gdpo, one prompt": lambda at: aligned(at, ONE, **GDPO),
     "ppo": lambda at: aligned(at, MANY, **PPO),
     "ppo, one prompt": lambda at: aligned(at, ONE, **PPO),
     "lora": lambda at: aligned(at, MANY, TARGETS, epochs=2),

@@ -85,9 +85,8 @@ def prepare(config: Config, store: Store) -> RunData:
     )
     demonstrations = _sources(data.demonstrations)
     if data.microcosm is None:
-        prompts, held_out = [], []  # of a server that has none
-        if data.prompts is not None:
-            prompts, held_out = _split(config, load_prompts(data.prompts))
+        loaded = [] if data.prompts is None else load_prompts(data.prompts)  # none: of a server
+        prompts, held_out = _split(config, loaded) if loaded else ([], [])
         preferences, evaluators = given, apart
     else:
         size = data.microcosm

@@ -17,7 +17,8 @@ SMALL = 1e-6  # added to a standard deviation that divides
 class Outcome:
     """What a rank's b responses, of t tokens together, were worth. Groups are contiguous and of equal size.
 
-    A response's utility comes with its last token; a penalty (KL in the reward) with each token.
+    A response's utility comes with its last token; a penalty (KL in the reward) with each token. A model's utility is
+    NaN where it does not apply to a prompt: then for the whole group.
     """
 
     utility: torch.Tensor  # float32 [b]
@@ -26,6 +27,8 @@ class Outcome:
     group_size: int
     values: torch.Tensor | None = None  # float32 [t]: the critic's, of the state before each token
     trace: float = 1.0  # lambda of GAE
+    utilities: torch.Tensor | None = None  # float32 [b, M]: each model's, of which `utility` is made
+    weights: torch.Tensor | None = None  # float32 [M], of the models
     over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums  # adds up over ranks
 
     @property
@@ -94,6 +97,38 @@ def batch_mean(outcome: Outcome) -> torch.Tensor:
     to_go = reward_to_go(outcome)
     sums = outcome.over_ranks(torch.tensor([to_go.sum(), float(len(to_go))], dtype=torch.float64))
     return to_go - (sums[0] / sums[1]).float()
+
+
+@register("gdpo")
+def decoupled(outcome: Outcome) -> torch.Tensor:
+    """A = sum_i w_i (u_i - mean of u_i) / (std of u_i + SMALL), over the models i, with mean and deviation of the
+    prompt's responses; then A / (std of A over the batch's responses + SMALL) (GDPO, arXiv 2601.05242).
+
+    Where the paper subtracts the batch's mean first, it is 0 here: each group's is. Deviations are unbiased, of
+    responses and not of tokens, as in the authors' code (github.com/NVlabs/GDPO, its trl). Ours: SMALL is 1e-6, not
+    1e-4, and a model whose utilities are NaN or all equal in a group adds exactly 0 there. So neither the unit of a
+    model's utility nor the size of all weights together matters, only their ratios. The unit of an advantage is the
+    spread of the policy's own responses, which changes as it learns: there is no closed form of its optimum.
+
+    >>> u = torch.tensor([[0.0, 5.0], [100.0, 5.0], [7.0, 3.0], [7.0, 2.0]])
+    >>> none, one = torch.zeros(4), torch.ones(4, dtype=torch.int64)
+    >>> found = decoupled(Outcome(none, none, one, 2, utilities=u, weights=torch.ones(2)))
+    >>> [round(a, 3) for a in found.tolist()]
+    [-0.866, 0.866, 0.866, -0.866]
+    """
+    assert outcome.utilities is not None
+    assert outcome.weights is not None
+    assert not outcome.penalty.any(), "a penalty has no place in utilities that are normalised apart"
+    utilities = outcome.utilities.double()  # in which equal float32 numbers are equal to their mean
+    groups = utilities.view(-1, outcome.group_size, utilities.shape[-1])
+    absent = groups.isnan()
+    assert torch.equal(absent.any(1), absent.all(1)), "a utility is NaN for some of a prompt's responses"
+    centred = groups - groups.mean(1, keepdim=True)
+    deviation = ((centred**2).sum(1, keepdim=True) / (outcome.group_size - 1)).sqrt()
+    each = centred / (deviation + SMALL)
+    advantage = (each.masked_fill(absent, 0.0) @ outcome.weights.double()).flatten()
+    squares, count = outcome.over_ranks(torch.stack([(advantage**2).sum(), torch.tensor(len(advantage))]))
+    return outcome.over_tokens((advantage / ((squares / (count - 1)).sqrt() + SMALL)).float())
 
 
 @register("gae")

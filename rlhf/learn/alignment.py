@@ -109,7 +109,7 @@ class Aligner:
     def log_ratios(self, rollouts: Sequence[Rollouts]) -> np.ndarray:
         """log policy - log reference of each response, nats, float64 [B]: of the policy that sampled it. Every rank is
         given the same, does its share, and gets all."""
-        merged = Merged.of_rollouts(rollouts, np.zeros(sum(r.responses for r in rollouts), np.float32))
+        merged = Merged.of_rollouts(rollouts)
         mine = balanced(merged.group_tokens, self.policy.world)[self.policy.rank]
         reference = self._reference_logprobs(self._batches(merged, mine), merged)
         assert reference is not None, "the policy is trained without a reference"
@@ -151,6 +151,8 @@ class Aligner:
             penalty=penalty,
             lengths=torch.from_numpy(merged.tokens.lengths[rows]),
             group_size=merged.group_size,
+            utilities=merged.utilities[rows],
+            weights=merged.weights,
             values=None if values is None else values[own],
             trace=1.0 if settings.critic is None else settings.critic.trace,
             over_ranks=self.policy.over_ranks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,33 +14,45 @@ from rlhf.types import Experience, Ragged, Rollouts
 
 @dataclass(frozen=True)
 class Merged:
-    """A batch: B responses of T tokens to G prompts, k to each; a prompt's are contiguous."""
+    """A batch: B responses of T tokens to G prompts, k to each; a prompt's are contiguous. M reward models judged them;
+    of rollouts without rewards M is 0, and the utility too."""
 
     prompts: Ragged  # int32, G rows
     tokens: Ragged  # int32, B rows
     group: np.ndarray  # int64 [B]
     behaviour: torch.Tensor  # float32 [T], the sampler's log-probabilities
-    utility: torch.Tensor  # float32 [B]
+    utility: torch.Tensor  # float32 [B], the combined one
+    utilities: torch.Tensor  # float32 [B, M], each model's
+    weights: torch.Tensor  # float32 [M], of the models
     temperature: float
     place: np.ndarray  # int64 [B, 2], the item of each response and its number within
 
     @classmethod
     def of(cls, experiences: Sequence[Experience]) -> Merged:
-        utility = np.concatenate([e.rewards.combined for e in experiences])
-        return cls.of_rollouts([e.rollouts for e in experiences], utility)
+        rewards = [e.rewards for e in experiences]
+        weights = {r.weights for r in rewards}
+        assert len(weights) == 1, weights
+        return replace(
+            cls.of_rollouts([e.rollouts for e in experiences]),
+            utility=torch.from_numpy(np.concatenate([r.combined for r in rewards])),
+            utilities=torch.from_numpy(np.concatenate([r.utility for r in rewards])),
+            weights=torch.tensor(weights.pop(), dtype=torch.float32),
+        )
 
     @classmethod
-    def of_rollouts(cls, rollouts: Sequence[Rollouts], utility: np.ndarray) -> Merged:
-        """utility: float32 [B]"""
+    def of_rollouts(cls, rollouts: Sequence[Rollouts]) -> Merged:
         temperatures = {r.temperature for r in rollouts}
         assert len(temperatures) == 1, temperatures
         first = np.cumsum([0] + [len(r.prompts) for r in rollouts])
+        responses = sum(r.responses for r in rollouts)
         return cls(
             Ragged.of([r.prompt_tokens[g] for r in rollouts for g in range(len(r.prompts))], np.int32),
             Ragged.of([r.tokens[b] for r in rollouts for b in range(r.responses)], np.int32),
             np.concatenate([r.group + start for r, start in zip(rollouts, first, strict=False)]),
             torch.from_numpy(np.concatenate([r.logprobs for r in rollouts])),
-            torch.from_numpy(utility),
+            torch.zeros(responses),
+            torch.zeros(responses, 0),
+            torch.zeros(0),
             temperatures.pop(),
             np.concatenate(
                 [np.stack([np.full(r.responses, r.item), np.arange(r.responses)], 1) for r in rollouts]

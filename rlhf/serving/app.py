@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
+from pydantic import JsonValue
 
 from rlhf import __version__
 from rlhf.serving.guard import App, Guard, Metrics
@@ -26,6 +27,7 @@ from rlhf.serving.protocol import (
     GetRewardRequest,
     GetRewardResponse,
     Health,
+    Message,
     RewardsRequest,
     RewardsResponse,
     SampleRequest,
@@ -126,14 +128,8 @@ def make_app(scorer: Scorer, token: str, limits: Limits, strip: Sequence[str] = 
             ]
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        found = await scored(
-            [
-                Conversation(
-                    prompt=prompt, responses=[response], columns={} if label is None else {LABEL: label}
-                )
-                for prompt, response, label in zip(request.prompts, responses, labels, strict=True)
-            ]
-        )
+        rows = zip(request.prompts, responses, labels, strict=True)
+        found = await scored([_one(*row) for row in rows])
         combined = [_combined(f) for f in found]
         return GetRewardResponse(
             rewards=combined,
@@ -144,9 +140,7 @@ def make_app(scorer: Scorer, token: str, limits: Limits, strip: Sequence[str] = 
     @app.post("/slime", **guarded)
     async def slime(request: SampleRequest) -> float:
         """As slime's remote reward model: one response, one number."""
-        column = {} if request.label is None else {LABEL: request.label}
-        conversation = Conversation(prompt=request.prompt, responses=[request.response], columns=column)
-        (found,) = await scored([conversation])
+        (found,) = await scored([_one(request.prompt, request.response, request.label)])
         return _combined(found)
 
     @app.post("/classify", **guarded)
@@ -155,10 +149,10 @@ def make_app(scorer: Scorer, token: str, limits: Limits, strip: Sequence[str] = 
         if (request.input is None) == (request.messages is None):
             raise HTTPException(422, "give input or messages, and not both")
         if request.messages is not None:
-            *prompt, last = request.messages or [None]
-            if not prompt or last is None or last.role != "assistant":
+            if len(request.messages) < 2 or request.messages[-1].role != "assistant":
                 raise HTTPException(422, "the last message must be the assistant's, after another")
-            asked = [Conversation(prompt=[m for m in prompt if m], responses=[last.content])]
+            *prompt, last = request.messages
+            asked = [Conversation(prompt=prompt, responses=[last.content])]
         else:
             texts = [request.input] if isinstance(request.input, str) else request.input or []
             asked = [Conversation(prompt="", responses=[text]) for text in texts]
@@ -179,6 +173,11 @@ def make_app(scorer: Scorer, token: str, limits: Limits, strip: Sequence[str] = 
 
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     return Guard(app, token, limits.max_body, limits.timeout, metrics, paths)
+
+
+def _one(prompt: str | list[Message], response: str, label: JsonValue) -> Conversation:
+    columns: dict[str, JsonValue] = {} if label is None else {LABEL: label}
+    return Conversation(prompt=prompt, responses=[response], columns=columns)
 
 
 def _combined(found: ConversationRewards) -> float:

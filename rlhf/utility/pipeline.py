@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ class Utility:
     ) -> Rewards:
         """Everything a learner and the metrics want of rollouts, whose G prompts the references are of."""
         found = self.details(raw, references, rollouts.group, rollouts.prompts)
-        return Rewards(rollouts.item, rollouts.version, tuple(self.weights), **found)
+        models, weights = tuple(self.weights), tuple(self.weights.values())
+        return Rewards(item=rollouts.item, version=rollouts.version, models=models, weights=weights, **found)
 
     @torch.inference_mode(False)
     def details(
@@ -71,7 +73,7 @@ class Utility:
         references: Mapping[str, PromptReferences],
         group: np.ndarray,
         prompts: Sequence[Content] | None = None,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """raw, reference, utility, p_good, combined and slope of responses, as `Rewards` has them."""
         values, by_model = _tensor(raw), self._references(references, group)
         utilities, combined = self._evaluate(values, by_model, group, prompts)

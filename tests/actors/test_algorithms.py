@@ -17,11 +17,12 @@ from tests.actors.conftest import run
 pytestmark = pytest.mark.actors
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "reinforce_pp", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce_pp", "grpo", "dr_grpo", "gdpo"])
 def test_an_algorithm_raises_the_utility(jobs, algorithm):
     """Steps with hardly any KL penalty; the KL is measured, and with several steps a batch it is clipped."""
     options = ("align.steps=20", "align.samples_per_prompt=16", "align.learning_rate=0.004")
-    job = jobs.make(f"algorithm={algorithm}", "align.kl_coef=0.001", *options)
+    utility = ["utility=linear"] if algorithm == "gdpo" else []
+    job = jobs.make(f"algorithm={algorithm}", *utility, "align.kl_coef=0.001", *options)
     run(job, "align")
     metrics = read_metrics(job.stages.of(Align).path)
     first, last = (np.mean([s["utility/combined"] for s in part]) for part in (metrics[:3], metrics[-3:]))

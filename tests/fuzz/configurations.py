@@ -31,7 +31,7 @@ VALUES: list[Any] = [
     "*.jsonl", "[", "https://nobody:secret@localhost:1/x", "file:///etc/passwd", ".", "/", "float32", "bfloat16",
 ]  # fmt: skip
 CHOICES = {
-    "algorithm": ["ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "nothing", "../rloo", "", "é"],
+    "algorithm": ["ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gdpo", "nothing", "../rloo", "", "é"],
     "utility": [*(path.stem for path in sorted((CONF / "utility").glob("*.yaml"))), "nothing", "lsc.yaml"],
     "baseline": ["gaussian", "quantile", "x"],
     "evaluators": ["microcosm", "none", "x"],

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from rlhf.models.load import load_policy, load_tokenizer, new_reward_model
 from rlhf.models.lora import adapter_off, merged_parameters, with_adapter
 from rlhf.types import Experience, Rewards, WorkItem
 from tests.tiny import save_policy
+from tests.unit.test_gdpo import brute_force
 
 PROMPTS = tuple(
     [{"role": "user", "content": text}] for text in ("what is tea ?", "how do i make bread ?", "no !")
@@ -128,7 +130,9 @@ def experiences(policy_folder):
         names = ("raw", "reference", "utility", "p_good", "slope")
         columns = {k: rng.normal(size=shape).astype(np.float32) for k in names}
         combined = rng.normal(size=shape[0]).astype(np.float32)
-        made.append(Experience(rollouts, Rewards(item, 0, ("a", "b"), combined=combined, **columns)))
+        made.append(
+            Experience(rollouts, Rewards(item, 0, ("a", "b"), (1.0, 0.5), combined=combined, **columns))
+        )
     return made
 
 
@@ -229,6 +233,25 @@ def test_kl_in_the_loss_entropy_and_token_weights(models, experiences, estimator
         gain = weight * (own - own.detach()).exp() * advantage
         expected = expected + share * (-gain + 0.3 * kl - 0.05 * entropy).sum()
     compare(loss, gradient, expected, plain)
+
+
+def test_gdpo_learns_from_the_utilities_of_each_model(models, experiences):
+    """The combined utility is not read: a step on it is the same once it is GDPO's advantage, which the group's mean,
+    0, leaves as it is."""
+    model, reference = models
+    algorithm = {"kl": "loss", "kl_estimator": "k3", "entropy_coef": 0.05, "aggregate": "response_mean"}
+    found = step(model, reference, settings(advantage="gdpo", **algorithm), experiences, 0.3)
+    utilities = np.concatenate([e.rewards.utility for e in experiences]).astype(float)
+    combined = brute_force(utilities, (1.0, 0.5), 3).astype(np.float32)
+    assert np.abs(combined - np.concatenate([e.rewards.combined for e in experiences])).max() > 0.5
+    first = len(experiences[0].rewards.combined)
+    given = [
+        replace(e, rewards=replace(e.rewards, combined=part))
+        for e, part in zip(experiences, (combined[:first], combined[first:]), strict=True)
+    ]
+    expected = step(model, reference, settings(advantage="group_mean", **algorithm), given, 0.3)
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-4)
 
 
 def test_clipping_and_the_proximal_policy(models, experiences):

@@ -14,6 +14,7 @@ from rlhf.sources.kinds import KINDS, source_class
 from rlhf.sources.source import Source
 
 FILES = ["data=files", "data.prompts=p.jsonl", "policy.path=p"]
+GDPO = ["algorithm=gdpo", "utility=linear"]
 GIVEN = [*FILES, "reward_models.helpful.path=h", "reward_models.harmless.path=s"]
 
 
@@ -29,6 +30,8 @@ def config(*overrides: str):
         ["experiment=quick"],
         ["experiment=study", "arm=par"],
         ["utility=linear"],
+        ["algorithm=gdpo", "utility=zscore", "reward_models.helpful.weight=2"],
+        ["experiment=study", "arm=gdpo"],
         ["deepspeed=zero3"],
         GIVEN,
     ],
@@ -115,6 +118,16 @@ def test_the_canned_refusals_are_the_microcosms():
         (["stages='${seed}'"], r"'stages' must be list, and is 0"),
         (["rollout='${seed}'"], r"'rollout' must be a group of keys, and is 0"),
         (["resources.max_reward_replicas=1", "resources.reward.count=2"], r"max_reward_replicas=1 is below"),
+        (
+            ["algorithm=gdpo"],
+            r"utility.combine=and: algorithm.advantage=gdpo .* set utility.combine=weighted_sum",
+        ),
+        ([*GDPO, "algorithm.kl=reward"], r"algorithm.kl=reward: .*advantage=gdpo .* set algorithm.kl=loss"),
+        (
+            [*GDPO, "algorithm.scale=batch"],
+            r"algorithm.scale=batch: .*advantage=gdpo .* algorithm.scale=none",
+        ),
+        ([*GDPO, "align.samples_per_prompt=1"], r"align.samples_per_prompt=1: .*advantage=gdpo.* at least 2"),
     ],
 )
 def test_impossible_values_are_refused_by_key(overrides, message):

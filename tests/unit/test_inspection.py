@@ -16,7 +16,7 @@ def test_a_batch_is_read_back_without_pickle(tmp_path):
     with np.load(tmp_path / "new" / "batch-7.npz", allow_pickle=False) as file:
         text = json.loads(str(file["text"]))
         found = {name: file[name] for name in file.files}
-    assert text == {"prompts": [""] * 3, "responses": [""] * 6, "models": ["a"]}
+    assert text == {"prompts": [""] * 3, "responses": [""] * 6, "models": ["a", "b"]}
     row = 0
     for item, experience in enumerate(batch):
         rollouts, rewards = experience.rollouts, experience.rewards
