@@ -101,10 +101,13 @@ def _served(job: Job, pool: RewardPool) -> Served:
     rewards = rewards_of(config.reward_models)
     sampled = any(rule.sampled for rule in baseline.rules.values()) or utility.needs_samples
     generator: Any = None
+    policy = None
     if sampled and config.serve.unseen == "sample":
-        actor = ray.remote(Generator).options(**actor_options(config.resources.generators))
+        options = {**actor_options(config.resources.generators), "max_restarts": -1, "max_task_retries": 2}
+        actor = ray.remote(Generator).options(**options)
+        policy = stages.of(Sft).policy_path
         generator = actor.remote(0, config.rollout, config.policy.chat_template, config.resources.generators)
-        ray.get(generator.load.remote(stages.of(Sft).policy_path), timeout=config.recovery.startup)
+        ray.get(generator.load.remote(policy), timeout=config.recovery.startup)
     infos = {
         name: ModelInfo(
             kind=own.kind,
@@ -121,6 +124,7 @@ def _served(job: Job, pool: RewardPool) -> Served:
         pool.name,
         job.roles.baseline.actor,
         generator,
+        policy,
         infos,
         utility,
         baseline.rules,

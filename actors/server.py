@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
-from actors.errors import cause_of
+from actors.errors import cause_of, in_one_line
 from actors.work import seed_of
 from rlhf.config import ServeConfig
 from rlhf.serving.app import Limits, make_app
-from rlhf.serving.protocol import Conversation, ConversationRewards, ModelInfo
+from rlhf.serving.protocol import Conversation, ConversationRewards, ModelInfo, Unavailable
 from rlhf.shown import short
 from rlhf.types import Content, WorkItem, prompt_id
 from rlhf.utility.pipeline import Utility
@@ -34,6 +34,7 @@ class Served:
     pool: str  # the name of Serve's application
     estimator: Any  # handle of the baseline estimator
     generator: Any | None  # handle of one that samples the base policy; None: unseen prompts are refused
+    policy: str | None  # where that is
     models: dict[str, ModelInfo]
     utility: Utility
     rules: Mapping[str, ReferenceRule]
@@ -71,6 +72,18 @@ class PoolScorer:
             return False
 
     async def score(self, conversations: Sequence[Conversation], raw_only: bool) -> list[ConversationRewards]:
+        try:
+            return await self._score(conversations, raw_only)
+        except RayError as error:  # of what a process raised, and of processes that are gone
+            own = cause_of(error)
+            if isinstance(own, ValueError):
+                raise ValueError(str(own)) from error
+            log.warning("a request was not answered: %s", in_one_line(str(own)))
+            raise Unavailable(f"the rewards are not there now ({type(own).__name__}); try again") from error
+
+    async def _score(
+        self, conversations: Sequence[Conversation], raw_only: bool
+    ) -> list[ConversationRewards]:
         contents = [c.content for c in conversations]
         group = np.repeat(np.arange(len(conversations)), [len(c.responses) for c in conversations])
         raw = await self._raw(conversations, contents)
@@ -132,7 +145,7 @@ class PoolScorer:
                 for one in taken:
                     await self._call([one])
             elif not taken[0].answer.done():
-                taken[0].answer.set_exception(_told(error))
+                taken[0].answer.set_exception(error)
             return
         ends = np.cumsum([len(w.responses) for w in taken])
         for waiting, part in zip(taken, np.split(found, ends[:-1]), strict=True):
@@ -147,12 +160,9 @@ class PoolScorer:
 
     async def _referred(self, contents: Sequence[Content], ids: np.ndarray) -> dict[str, Any]:
         """References of the prompts; those that are not there are made first."""
-        try:
-            await asyncio.gather(*(self._known(c, int(i)) for c, i in zip(contents, ids, strict=True)))
-            points = POINTS if self._served.utility.needs_samples else 0
-            return await self._served.estimator.references.remote(ids, self._served.rules, points)
-        except RayTaskError as error:
-            raise _told(error) from error
+        await asyncio.gather(*(self._known(c, int(i)) for c, i in zip(contents, ids, strict=True)))
+        points = POINTS if self._served.utility.needs_samples else 0
+        return await self._served.estimator.references.remote(ids, self._served.rules, points)
 
     async def _known(self, content: Content, number: int) -> None:
         """Returns once a prompt has its references. Requests for one prompt share the work."""
@@ -172,10 +182,13 @@ class PoolScorer:
                     "serve.unseen=sample, ask for raw_only, or give rewards whose scale needs none"
                 )
             item = WorkItem(number >> 2, (content,), served.samples, seed_of(served.seed, "serve", number))
-            rollouts, _ = served.generator.generate.options(num_returns=2).remote(item)
-            raw = self._pool.raw.remote([rollouts])
-            models = list(served.models)
-            await served.estimator.update.remote(models, rollouts, await raw, "serve")
+            generate = served.generator.generate.options(num_returns=2)
+            rollouts, summary = generate.remote(item)
+            if await summary is None:  # it was started again, and has no policy yet
+                await served.generator.load.remote(served.policy)
+                rollouts, _ = generate.remote(item)
+            raw = await self._pool.raw.remote([rollouts])
+            await served.estimator.update.remote(list(served.models), rollouts, raw, "serve")
         for name, (open_,) in canned:
             if open_:
                 texts = served.canned[name]
@@ -188,12 +201,6 @@ class PoolScorer:
 
 def _rows(waiting: _Waiting) -> list[tuple[Content, str, Mapping[str, Any]]]:
     return list(zip(waiting.contents, waiting.responses, waiting.columns, strict=True))
-
-
-def _told(error: BaseException) -> BaseException:
-    """What the user is told of: the error itself, not where in Ray it was raised."""
-    own = cause_of(error)
-    return ValueError(str(own)) if isinstance(own, ValueError) else error
 
 
 def _number(value: float) -> float | None:

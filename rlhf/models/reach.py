@@ -92,6 +92,8 @@ class Reach:
 
     def fault(self, prompt: int, new: int) -> str | None:
         """Why a prompt of so many tokens cannot get `new` tokens of response; None: it can."""
+        if prompt == 0:
+            return "a prompt of no tokens gives the policy nothing to begin with"
         asked = f"a prompt of {prompt} tokens and rollout.max_new_tokens={new}"
         if self.limit is not None and prompt + new > self.limit:
             return f"{asked} exceed the policy's {self.limit} positions"

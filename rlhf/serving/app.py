@@ -32,6 +32,7 @@ from rlhf.serving.protocol import (
     RewardsResponse,
     SampleRequest,
     Scorer,
+    Unavailable,
     response_of,
 )
 
@@ -87,6 +88,8 @@ def make_app(scorer: Scorer, token: str, limits: Limits, strip: Sequence[str] = 
             found = await scorer.score(conversations, raw_only)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
+        except Unavailable as error:
+            raise HTTPException(503, str(error)) from error
         metrics.responses.inc(count)
         return found
 

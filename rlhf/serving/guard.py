@@ -83,10 +83,9 @@ class Guard:
                 await refused(413, f"the body is larger than {self._most} bytes")
             else:
                 async with asyncio.timeout(self._timeout):
-                    await self._app(scope, self._limited(receive), sent)
+                    await self._app(scope, await self._read(receive), sent)
         except TooLarge:
-            if not began:
-                await refused(413, f"the body is larger than {self._most} bytes")
+            await refused(413, f"the body is larger than {self._most} bytes")
         except TimeoutError:
             if not began:
                 await refused(504, f"no answer within {self._timeout:g} s")
@@ -104,18 +103,22 @@ class Guard:
         tokens += [value.encode() for value in query.get("token", [])]
         return any(hmac.compare_digest(token, self._token) for token in tokens)
 
-    def _limited(self, receive: Receive) -> Receive:
-        read = 0
+    async def _read(self, receive: Receive) -> Receive:
+        """The body, read whole; then whatever comes.
 
-        async def limited() -> MutableMapping[str, Any]:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._most:
+        Raises:
+            TooLarge: it goes on beyond the limit.
+        """
+        messages: list[MutableMapping[str, Any]] = []
+        while not messages or messages[-1].get("more_body"):
+            messages.append(await receive())
+            if sum(len(m.get("body", b"")) for m in messages) > self._most:
                 raise TooLarge
-            return message
 
-        return limited
+        async def again() -> MutableMapping[str, Any]:
+            return messages.pop(0) if messages else await receive()
+
+        return again
 
 
 def _length(scope: Scope) -> int:

@@ -9,24 +9,21 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints,
 
 from rlhf.types import Content
 
-CHARACTERS = r"^[^\ud800-\udfff]*$"  # no half of a surrogate pair, which no tokenizer reads
-Text = Annotated[str, StringConstraints(pattern=CHARACTERS)]
-
 
 class Message(BaseModel):
     """One turn; other keys that a chat template reads may follow."""
 
     model_config = ConfigDict(extra="allow")
     role: Annotated[str, StringConstraints(pattern=r"^(system|developer|user|assistant|tool)$")]
-    content: Text
+    content: str
 
 
 class Conversation(BaseModel):
     """A prompt and responses to it."""
 
     model_config = ConfigDict(extra="forbid")
-    prompt: Text | Annotated[list[Message], Field(min_length=1)]
-    responses: list[Text]
+    prompt: str | Annotated[list[Message], Field(min_length=1)]
+    responses: list[str]
     columns: dict[str, JsonValue] = Field(
         default_factory=dict, description="what functions and judges read of a row"
     )
@@ -85,8 +82,8 @@ class RewardsResponse(BaseModel):
 class GetRewardRequest(BaseModel):
     """OpenRLHF's: `query` is the whole text, prompt and response; `prompts` what it begins with."""
 
-    query: list[Text]
-    prompts: list[Text]
+    query: list[str]
+    prompts: list[str]
     labels: list[JsonValue] | None = None
 
 
@@ -99,8 +96,8 @@ class GetRewardResponse(BaseModel):
 class SampleRequest(BaseModel):
     """slime's: one response."""
 
-    prompt: Text | Annotated[list[Message], Field(min_length=1)]
-    response: Text
+    prompt: str | Annotated[list[Message], Field(min_length=1)]
+    response: str
     label: JsonValue = None
 
 
@@ -108,7 +105,7 @@ class ClassifyRequest(BaseModel):
     """vLLM's: texts, or one conversation, whose last message is the response."""
 
     model: str | None = None
-    input: Text | list[Text] | None = None
+    input: str | list[str] | None = None
     messages: list[Message] | None = None
 
 
@@ -136,6 +133,10 @@ class Fault(BaseModel):
     detail: Any
 
 
+class Unavailable(Exception):
+    """What scores is not there now; it may be later."""
+
+
 class Scorer(Protocol):
     """What stands behind the application."""
 
@@ -148,6 +149,7 @@ class Scorer(Protocol):
         """
         Raises:
             ValueError: of what was asked something cannot be scored; it says what.
+            Unavailable: it cannot score now.
         """
 
 
