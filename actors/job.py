@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -26,7 +25,7 @@ from actors.session import Session
 from actors.signals import Ended, deaf, end_by_signals, leave
 from actors.sweep import Sweep
 from rlhf.config import Config
-from rlhf.config_checks import stages_to_serve, typed
+from rlhf.config_checks import to_serve, typed
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "conf"
 _serving = False  # whether the command is `rlhf serve`
@@ -120,7 +119,7 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     store.sweep()
     if _serving:
         check_port("serve.port", config.serve.port, config.serve.host)
-        config = replace(config, stages=stages_to_serve(config))
+        config = to_serve(config)
     stages = Stages(config, preflight(config, store), store)
     if _serving or not stages.complete():
         session.start(config)

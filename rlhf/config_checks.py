@@ -6,7 +6,7 @@ Imports neither torch nor Ray, so that a bad configuration is refused at once.
 from __future__ import annotations
 
 import itertools
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -42,8 +42,20 @@ def typed(values: DictConfig, serving: bool = False) -> Config:
     return config
 
 
-def stages_to_serve(config: Config) -> list[str]:
-    """What is made before it serves: models that are not given, and the references of prompts that are."""
+def to_serve(config: Config) -> Config:
+    """The configuration of a server: with the stages that make what is not given, and without learners that do not
+    train."""
+    stages, learner = _stages_to_serve(config), config.resources.learner
+    trains = any(s.trains() for s in config.reward_models.values()) or (
+        "sft" in stages and config.policy.path is None
+    )
+    if not trains:
+        learner = replace(learner, cpus=0.0, gpus=0.0)
+    return replace(config, stages=stages, resources=replace(config.resources, learner=learner))
+
+
+def _stages_to_serve(config: Config) -> list[str]:
+    """Models that are not given, and the references of prompts that are."""
     prompts = config.data.microcosm is not None or config.data.prompts is not None
     trained = any(source.trains() for source in config.reward_models.values())
     policy = prompts or any(s.trains() and s.own["init_from"] is None for s in config.reward_models.values())
