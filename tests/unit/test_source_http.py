@@ -279,7 +279,7 @@ def test_rlhf_answers_that_are_refused(raw, reward, told):
 
 
 def test_templates_are_rendered_as_transformers_does():
-    begun = [*HELLO, {"role": "assistant", "content": "I would "}]
+    begun = [{"role": "user", "content": "I would "}, {"role": "assistant", "content": "I would "}]
     several = [{"role": "system", "content": "Be brief."}, *HELLO]
     batch = Batch([HELLO, several, begun], ["Hi", "Yes", "say so"])
     with serving(lambda body: {"rewards": [0, 0, 0]}) as server:
@@ -297,7 +297,7 @@ def test_templates_are_rendered_as_transformers_does():
     assert server.bodies[0]["query"] == [
         rendered([*HELLO, {"role": "assistant", "content": "Hi"}]),
         rendered([*several, {"role": "assistant", "content": "Yes"}]),
-        rendered([*HELLO, {"role": "assistant", "content": "I would say so"}]),
+        rendered([begun[0], {"role": "assistant", "content": "I would say so"}]),
     ]
 
 
@@ -462,11 +462,11 @@ def test_any_answer_is_rewards_or_a_value_error(readers, answer):
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_it_recovers(status, caplog):
-    clock, answers = Clock(), iter([(status, "busy"), (status, "busy"), {"rewards": [1, 2, 3]}])
+    clock, answers = Clock(), iter(2 * [(status, "busy"), (status, "busy"), {"rewards": [1, 2, 3]}])
     with serving(lambda body: next(answers)) as server, opened(clock, url=server.url) as rewards:
-        assert rewards.score(BATCH) == [[1.0, 2.0, 3.0]]
-    assert clock.slept == [1.0, 2.0]
-    assert [record.getMessage() for record in caplog.records] == [
+        assert rewards.score(BATCH) == rewards.score(BATCH) == [[1.0, 2.0, 3.0]]
+    assert clock.slept == [1.0, 2.0, 1.0, 2.0]
+    assert [record.getMessage() for record in caplog.records] == 2 * [  # one for each time that it goes away
         f"reward source 'brief' ({server.url}) gave no answer: status {status}: 'busy'; asking again"
     ]
 
@@ -568,6 +568,16 @@ def test_it_drips():
 # Many at once
 
 
+def test_the_time_of_a_request_begins_when_it_is_sent():
+    async def answer(body: Any) -> Any:
+        await asyncio.sleep(0.1)
+        return {"rewards": [1]}
+
+    with serving(answer) as server:
+        batch = Batch(["a"] * 8, ["b"] * 8)
+        assert scored(server.url, batch, batch_size=1, concurrency=1, timeout=0.4, retries=0) == [1.0] * 8
+
+
 def test_the_order_is_the_batchs_and_no_more_are_asked_than_granted():
     async def answer(body: Any) -> Any:
         await asyncio.sleep(random.random() * 0.02)
@@ -642,16 +652,17 @@ def test_the_token_is_sent_and_never_shown(monkeypatch, caplog):
             (503, f"you are {TOKEN}"),
             (401, f"bad {TOKEN}"),
             {"rewards": [f"Bearer {TOKEN}", 1, 1]},
+            {"rewards": [50 * "x" + TOKEN, 1, 1]},  # shown in part
             {f"{TOKEN}": 1},
             f"no JSON {TOKEN}",
             (307, "", {"Location": f"http://else/{TOKEN}"}),
         ]
     )
     with serving(lambda body: next(echoes)) as server:
-        for _ in range(5):
+        for _ in range(6):
             told = refusal(server.url, token_env="REWARD_TOKEN")
-            assert "***" in told
-            assert not any(part in told for part in (TOKEN, TOKEN[:6], "t0ken"))
+            assert not any(part in told for part in (TOKEN[:5], "t0ken"))
+            assert "***" in told or "xxx" in told
     assert {one.headers["Authorization"] for one in server.asked} == {f"Bearer {TOKEN}"}
     assert TOKEN not in caplog.text
     with opened(url="http://host/x", token_env="REWARD_TOKEN") as rewards:
