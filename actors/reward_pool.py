@@ -79,17 +79,24 @@ class RewardReplica:
             raise self._fault
         return self._source
 
-    def score(self, rollouts: list[ray.ObjectRef]) -> tuple[np.ndarray, tuple[Span, ...]]:
+    def score(
+        self, rollouts: list[ray.ObjectRef], columns: Mapping[str, Any] | None
+    ) -> tuple[np.ndarray, tuple[Span, ...]]:
         """Rewards of the responses of one `Rollouts`, float32 [B, H], NaN where they do not apply, and what was
-        done for them."""
+        done for them. columns: of all its prompts; None: those of the data set."""
         batch: Rollouts = ray.get(rollouts[0])
+        given = (
+            columns_of(self._columns, batch.prompt_ids[batch.group].tolist())
+            if columns is None
+            else {name: [value] * batch.responses for name, value in columns.items()}
+        )
         return self._scored(
             Batch(
                 [batch.prompts[g] for g in batch.group],
                 batch.texts,
                 [batch.tokens[b] for b in range(batch.responses)],
                 batch.finished,
-                columns_of(self._columns, batch.prompt_ids[batch.group].tolist()),
+                given,
             )
         )
 
@@ -136,12 +143,17 @@ class RewardIngress:
         found = await asyncio.gather(*(self._call(s, "notes") for s in self._sources))
         return [note for notes in found for note in notes]
 
-    async def raw(self, rollouts: list[ray.ObjectRef]) -> np.ndarray:
-        """Raw rewards of one `Rollouts`, float32 [B, M], NaN where one does not apply."""
-        return (await self._scored(rollouts))[0]
+    async def raw(
+        self, rollouts: list[ray.ObjectRef], columns: Mapping[str, Any] | None = None
+    ) -> np.ndarray:
+        """Raw rewards of one `Rollouts`, float32 [B, M], NaN where one does not apply. columns: of all its prompts;
+        None: those of the data set."""
+        return (await self._scored(rollouts, columns))[0]
 
-    async def _scored(self, rollouts: list[ray.ObjectRef]) -> tuple[np.ndarray, tuple[Span, ...]]:
-        found = await asyncio.gather(*(self._call(s, "score", rollouts) for s in self._sources))
+    async def _scored(
+        self, rollouts: list[ray.ObjectRef], columns: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, tuple[Span, ...]]:
+        found = await asyncio.gather(*(self._call(s, "score", rollouts, columns) for s in self._sources))
         return np.concatenate([r for r, _ in found], 1), tuple(s for _, spans in found for s in spans)
 
     async def texts(

@@ -73,21 +73,23 @@ def serve_rewards(job: Job, folder: Path) -> None:
         serve.run(app, name="server", route_prefix="/", logging_config={"log_level": "ERROR"})
         job.view.line(f"serve: rewards {', '.join(served.models)} at {PATHS}")
         job.view.line(f"serve: http://{settings.host}:{settings.port}, the token is in {whence}")
+        well = time.monotonic()
         while not asked():
             time.sleep(LOOK)
-            _check(pool)
+            if not _unwell(pool):
+                well = time.monotonic()
+            elif time.monotonic() - well > config.recovery.startup:
+                raise Fault(
+                    f"Serve's applications are not well for {config.recovery.startup:g} s: {_unwell(pool)}"
+                )
         serve.delete("server")
 
 
-def _check(pool: RewardPool) -> None:
-    """
-    Raises:
-        Fault: an application that serves is no more.
-    """
+def _unwell(pool: RewardPool) -> str:
+    """What is wrong with what serves; "": nothing. A replica that died is started again meanwhile."""
     found = serve.status().applications
-    for name in ("server", pool.name):
-        if name not in found or found[name].status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise Fault(f"Serve's application {name} is not there any more")
+    states = {name: found[name].status if name in found else "gone" for name in ("server", pool.name)}
+    return "; ".join(f"{name}: {state}" for name, state in states.items() if state != "RUNNING")
 
 
 def _served(job: Job, pool: RewardPool) -> Served:

@@ -92,7 +92,7 @@ class PoolScorer:
         if raw_only:
             return [ConversationRewards(raw=_numbers(names, part)) for part in np.split(raw, splits)]
         ids = np.array([prompt_id(c) for c in contents], np.uint64)
-        references = await self._referred(contents, ids)
+        references = await self._referred(contents, ids, [c.columns for c in conversations])
         if not len(group):
             return [ConversationRewards(raw=_numbers(names, raw), combined=[]) for _ in conversations]
         found = self._served.utility.details(raw, references, group, contents)
@@ -158,21 +158,24 @@ class PoolScorer:
         given = {name: [row.get(name) for row in columns] for name in names}
         return await self._pool.raw_texts.remote(list(contents), list(responses), given)
 
-    async def _referred(self, contents: Sequence[Content], ids: np.ndarray) -> dict[str, Any]:
+    async def _referred(
+        self, contents: Sequence[Content], ids: np.ndarray, columns: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
         """References of the prompts; those that are not there are made first."""
-        await asyncio.gather(*(self._known(c, int(i)) for c, i in zip(contents, ids, strict=True)))
+        rows = zip(contents, ids.tolist(), columns, strict=True)
+        await asyncio.gather(*(self._known(*row) for row in rows))
         points = POINTS if self._served.utility.needs_samples else 0
         return await self._served.estimator.references.remote(ids, self._served.rules, points)
 
-    async def _known(self, content: Content, number: int) -> None:
+    async def _known(self, content: Content, number: int, columns: Mapping[str, Any]) -> None:
         """Returns once a prompt has its references. Requests for one prompt share the work."""
         if number not in self._references:
-            task = asyncio.create_task(self._refer(content, number))
+            task = asyncio.create_task(self._refer(content, number, columns))
             self._references[number] = task
             task.add_done_callback(lambda _: self._references.pop(number, None))
         await asyncio.shield(self._references[number])
 
-    async def _refer(self, content: Content, number: int) -> None:
+    async def _refer(self, content: Content, number: int, columns: Mapping[str, Any]) -> None:
         served, ids = self._served, np.array([number], np.uint64)
         (lacks,), canned = await served.estimator.open_rules.remote(served.rules, ids)
         if lacks:
@@ -187,7 +190,7 @@ class PoolScorer:
             if await summary is None:  # it was started again, and has no policy yet
                 await served.generator.load.remote(served.policy)
                 rollouts, _ = generate.remote(item)
-            raw = await self._pool.raw.remote([rollouts])
+            raw = await self._pool.raw.remote([rollouts], columns)
             await served.estimator.update.remote(list(served.models), rollouts, raw, "serve")
         for name, (open_,) in canned:
             if open_:

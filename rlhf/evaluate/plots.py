@@ -132,7 +132,7 @@ def distributions(baseline: Mapping[str, Mapping[str, Any]]) -> list[list[Panel]
             continue
         margin = 0.04 * float(np.ptp(everything)) or 1.0
         span = (float(everything.min()) - margin, float(everything.max()) + margin)
-        for row in np.flatnonzero(np.isfinite(r_ref[:count])).tolist():
+        for row in np.flatnonzero(np.isfinite(aligned[:count]).any(axis=1)).tolist():
             panels[row].append(_distribution(name, base[row], aligned[row], float(r_ref[row]), span))
     return panels
 

@@ -18,7 +18,7 @@ class PolicySamples:
     `rewards` and `reference` are keyed by reward-model name. `judged` and `judge_reference` hold the scores
     that decide wins, and the score a response must at least reach to win, keyed by property; without a judge
     of its own an evaluation judges with the reward models, and both pairs are the same arrays. A reward that does not
-    apply to a prompt is NaN for all its responses, and so is its reference. `evaluated` and
+    apply to a prompt is NaN for all its responses. `evaluated` and
     `evaluator_reference` are the same two things by evaluators, reward models trained apart for judging only,
     keyed by property; empty where there are none.
     """

@@ -84,7 +84,7 @@ def response_wins(samples: PolicySamples) -> dict[str, np.ndarray]:
     """Property (then "joint") -> float64 [P, n]: 1 where a response reaches the reference, else 0; NaN where the
     property does not apply."""
     wins = {n: s >= samples.judge_reference[n][:, None] for n, s in samples.judged.items()}
-    applies = {n: ~np.isnan(samples.judge_reference[n])[:, None] for n in wins}
+    applies = {n: ~np.isnan(s) for n, s in samples.judged.items()}
     joint = np.logical_and.reduce([won | ~applies[n] for n, won in wins.items()])
     return {n: np.where(applies[n], won, np.nan) for n, won in wins.items()} | {JOINT: joint.astype(float)}
 
@@ -108,7 +108,7 @@ def prompt_versus(base: PolicySamples, aligned: PolicySamples) -> dict[str, np.n
     names = [*aligned.judged, JOINT]
     rates = [0.5 + 0.5 * (a.mean((1, 2)) - b.mean((1, 2))) for a, b in zip(above, below, strict=True)]
     found = dict(zip(names, rates, strict=True))
-    absent = {n: np.isnan(aligned.judge_reference[n]) for n in aligned.judged}
+    absent = {n: np.isnan(s).all(axis=1) for n, s in aligned.judged.items()}
     return found | {n: np.where(absent[n], np.nan, found[n]) for n in absent}
 
 
@@ -203,11 +203,11 @@ def check_finite(policy: str, samples: PolicySamples) -> None:
     """
     Raises:
         ValueError: a judged score or its reference is not finite; it names property, policy and prompt. Where a
-            property does not apply, all are NaN.
+            property does not apply, its scores are NaN.
     """
     for name, scores in samples.judged.items():
         reference = samples.judge_reference[name]
-        absent = np.isnan(scores).all(axis=1) & np.isnan(reference)
+        absent = np.isnan(scores).all(axis=1)
         if absent.all():
             raise ValueError(f"{name}: it applies to none of the {len(absent)} evaluation prompts")
         bad = np.flatnonzero(~(np.isfinite(scores).all(axis=1) & np.isfinite(reference) | absent))

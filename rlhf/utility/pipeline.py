@@ -134,6 +134,7 @@ class Utility:
         terms = []
         for i, (model, reference) in enumerate(references.items()):
             rows = present[:, i].nonzero().squeeze(-1)
+            self._check_reference(model, reference, rows, prompt)
             try:
                 found = self._term(self.scale(model), values[rows, i], _rows(reference, rows))
             except UnusableReference as error:
@@ -170,6 +171,19 @@ class Utility:
             raise ValueError(
                 f"prompt {prompt(int(nothing[0]))}: no reward applies to it (all of {', '.join(self.weights)} gave "
                 "None); leave the prompt out"
+            )
+
+    def _check_reference(
+        self, model: str, reference: Reference, rows: torch.Tensor, prompt: Callable[[int], str]
+    ) -> None:
+        """A reward that is compared with r_ref must have one."""
+        if not TRANSFORM_KINDS[self.transform].of_log_odds or self.transform == "log_sigmoid":
+            return
+        unknown = reference.r_ref[rows].isnan().nonzero()
+        if len(unknown):
+            raise ValueError(
+                f"reward model {model}, prompt {prompt(int(rows[unknown[0]]))}: it applies to this response, and said "
+                "of the prompt's base samples that it does not (None); it must say the same of a prompt each time"
             )
 
     def _term(self, scale: Scale, rewards: torch.Tensor, reference: Reference) -> list[torch.Tensor]:

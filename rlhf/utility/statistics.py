@@ -142,7 +142,7 @@ class BaselineStatistics:
         self, model: str, prompt_ids: np.ndarray, rule: ReferenceRule, points: int = 0
     ) -> PromptReferences:
         """r_ref of the prompts, uint64 [B], and what the base policy's samples say; NaN where there are none,
-        and where the reward does not apply to the prompt (the standard error is then 0).
+        and, but for a constant, where the reward does not apply to the prompt (the standard error is then 0).
 
         With points = K > 0 a prompt's `samples` are all it has up to K; of more they are K equally spaced quantiles,
         at levels (i + 0.5) / K.
@@ -162,7 +162,8 @@ class BaselineStatistics:
                 )
         else:
             r_ref, error = self._given(model, prompt_ids, rule, absent), np.zeros(len(prompt_ids))
-        r_ref, error = np.where(absent, np.nan, r_ref), np.where(absent, 0.0, error)
+        if rule.kind != "constant":
+            r_ref, error = np.where(absent, np.nan, r_ref), np.where(absent, 0.0, error)
         column = self._columns["sampled"].get(model) or Column(self.exact)
         mean, std, low, high = sampled.moments.astype(np.float32)
         return PromptReferences(

@@ -143,7 +143,9 @@ def test_a_reference_is_made_once_and_stays(server):
     body = {"conversations": [{"prompt": "is the lock open ?", "responses": ["yes"]}]}
     with ThreadPoolExecutor(8) as threads:
         every = list(threads.map(lambda _: server.post("/v1/rewards", body).json()["results"][0], range(8)))
-    assert all(found == every[0] for found in every)
+    for key in ("helpful", "harmless"):
+        assert np.ptp([found["reference"][key] for found in every]) == 0
+        assert np.ptp([found["raw"][key][0] for found in every]) < 1e-5
 
 
 def test_openrlhfs_sequence(server):
@@ -301,7 +303,8 @@ def test_our_http_source_takes_rewards_from_it(server, folder, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [
         f"+source@reward_models.{n}=http reward_models.{n}.url={server.url}/v1/rewards reward_models.{n}.protocol=rlhf "
-        f"reward_models.{n}.reward={n} reward_models.{n}.token_env=MY_TOKEN reward_models.{n}.scale={scale}"
+        f"reward_models.{n}.reward={n} reward_models.{n}.token_env=MY_TOKEN reward_models.{n}.scale={scale} "
+        f"reward_models.{n}.error_rate=0.05"
         for n, scale in (("helpful", "bradley_terry"), ("short", "verdict"))
     ]
     done = rlhf(

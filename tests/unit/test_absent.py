@@ -64,6 +64,11 @@ def test_they_are_kept_and_told_apart(tmp_path):
     assert merged.digest() == digest
 
 
+def test_a_constant_needs_no_samples():
+    rule = ReferenceRule("constant", 0.5, "empirical", 0.5)
+    assert filled().reference("rule", IDS, rule).r_ref.tolist() == [0.5, 0.5, 0.5]
+
+
 def test_an_item_counts_once():
     statistics = filled()
     assert not statistics.add_absent("rule", np.repeat(IDS[1], 4), ("run", 0))

@@ -156,6 +156,6 @@ def test_left_behind_by_hand() -> None:
 
 def test_a_score_that_is_not_finite_is_refused_with_its_name() -> None:
     good = policy({"kind": [[0.0], [1.0]]}, {"kind": [0, 0]})
-    bad = policy({"kind": [[0.0], [np.nan]]}, {"kind": [0, 0]})
+    bad = policy({"kind": [[0.0, 0.0], [np.nan, 0.0]]}, {"kind": [0, 0]})
     with pytest.raises(ValueError, match=r"kind.*aligned policy on prompt 1: 'prompt 1'"):
         win_rates(good, bad)

@@ -208,6 +208,14 @@ def test_a_reward_that_says_none_of_some_responses_only_is_refused():
         utility("lsc", "and").combined(raw, REFERENCES, GROUP, ["who?"])
 
 
+def test_a_reward_that_applies_where_it_did_not_before_is_refused():
+    given = REFERENCES | {"bt": references([np.nan], [[0.0, 1.0]])}
+    with pytest.raises(
+        ValueError, match=r"reward model bt, prompt 'who\?': it applies to this response, and said of"
+    ):
+        utility("lsc", "and").combined(matrix(), given, GROUP, ["who?"])
+
+
 def test_a_prompt_to_which_nothing_applies_is_refused():
     with pytest.raises(
         ValueError, match=r"prompt 'who\?': no reward applies to it \(all of bt, odds, share, verdict"
