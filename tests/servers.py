@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -146,3 +152,25 @@ class Clock:
     async def sleep(self, seconds: float) -> None:
         self.now += seconds
         self.slept.append(seconds)
+
+
+@contextmanager
+def transformers_serve(folder: str) -> Iterator[str]:
+    """`transformers serve` with the chat model in a folder, which is its name there; its address."""
+    port, log = free_port(), Path(folder) / "serve.log"
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--device", "cpu"]
+    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(30)

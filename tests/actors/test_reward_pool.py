@@ -64,7 +64,7 @@ def test_a_killed_replica_is_replaced_and_the_call_answered(jobs):
     job = jobs.make("resources.reward.count=2", apart=True)
     rollouts = sampled(job)
     before = ray.get(job.roles.rewards.raw(rollouts))
-    prefix = f"SERVE_REPLICA::{job.roles.rewards._name}#reward-helpful"
+    prefix = f"SERVE_REPLICA::{job.roles.rewards.name}#reward-helpful"
     named = ray.util.list_named_actors(all_namespaces=True)
     actors = [actor for actor in named if actor["name"].startswith(prefix)]
     assert len(actors) == 2

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import re
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +24,7 @@ from rlhf.sources.judge import Judge, JudgeSource, Rubric
 from rlhf.sources.kinds import source_class
 from rlhf.sources.source import Batch
 from rlhf.types import Prompt
-from tests.servers import Clock, free_port, serving
+from tests.servers import Clock, serving, transformers_serve
 from tests.tiny import save_policy
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "source"
@@ -453,24 +449,8 @@ def served(tmp_path_factory) -> Iterator[tuple[str, str]]:
     """`transformers serve` with a random model: its address, and the model's name."""
     pytest.importorskip("openai", reason="transformers serve needs the package openai")
     folder = str(save_policy(tmp_path_factory.mktemp("judge")))
-    port = free_port()
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--device", "cpu"]
-    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
-    log = Path(folder) / "serve.log"
-    with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    try:
-        for _ in range(600):
-            assert server.poll() is None, log.read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1", folder
-    finally:
-        server.terminate()
-        server.wait(30)
+    with transformers_serve(folder) as url:
+        yield url, folder
 
 
 def test_transformers_serve(served):
