@@ -61,6 +61,10 @@ class BaselineEstimator:
         open_ = [(n, ~self._statistics.canned(n, prompt_ids)) for n in canned]
         return lacks.tolist(), [(name, lack.tolist()) for name, lack in open_]
 
+    def absent(self, rules: Mapping[str, ReferenceRule], prompt_ids: np.ndarray) -> dict[str, int]:
+        """To how many of these prompts each reward does not apply."""
+        return {m: int(self._statistics.absent(m, prompt_ids).sum()) for m in rules}
+
     def count(self, model: str, prompt_ids: np.ndarray) -> int:
         """Samples of these prompts together."""
         return int(self._statistics.counts(model, prompt_ids).sum())

@@ -107,6 +107,10 @@ class Baseline(Stage):
                 return
         shutil.rmtree(snapshot.parent, ignore_errors=True)
         errors = "  ".join(f"{n} {row['standard_error']:.2f}" for n, row in found["references"].items())
+        left = {n: row["absent"] for n, row in found["references"].items() if row["absent"]}
+        if left:
+            told = ", ".join(f"{name} to {count}" for name, count in left.items())
+            job.view.line(f"baseline: of {found['prompts']} prompts rewards do not apply: {told}")
         job.view.line(
             f"baseline: {found['samples']} base responses; median standard error of r_ref: {errors}"
         )
@@ -168,12 +172,13 @@ class _Sampling:
             return None
         found |= {"samples": self._taken, "prompts": len(self._ids), "prompts_sampled": len(unseen)}
         references = ask("references", self._ids, self._rules, 0)
+        absent = ask("absent", self._rules, self._ids)
         found["references"] = {
             name: {
-                "r_ref": float(np.nanmean(r.r_ref)),
+                "r_ref": float(np.nanmean(r.r_ref)) if absent[name] < len(self._ids) else None,
                 "standard_error": float(np.median(r.standard_error)),
                 "standard_error_max": float(np.max(r.standard_error)),
-                "absent": int(np.isnan(r.r_ref).sum()),  # prompts to which it does not apply
+                "absent": absent[name],  # prompts to which it does not apply
             }
             for name, r in references.items()
         }

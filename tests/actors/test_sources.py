@@ -1,6 +1,7 @@
 """Reward sources in the pool, and reward models that are measured on pairs apart."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,14 +159,14 @@ def test_a_model_is_measured_on_pairs_apart_and_its_best_step_is_kept(jobs, poli
     )  # fmt: skip
     run(job, "reward_models")
     models = job.stages.of(RewardModels)
-    folder = models.paths("reward_models")["helpful"]
-    curve = json.loads(open(f"{folder}/{CURVE}").read())
+    folder = Path(models.paths("reward_models")["helpful"])
+    curve = json.loads((folder / CURVE).read_text())
     assert [point["step"] for point in curve] == [8, 15, 23, 30]
     given = load_preferences(str(source))
     apart = held_out_pairs("key", np.array([prompt_id(p.prompt) for p in given], np.uint64), 0.25, 0)
     assert 30 <= apart.sum() <= 33
     own = calibrate(margins(folder, [p for p, held in zip(given, apart, strict=True) if held]))
-    found = json.loads(open(f"{folder}/{CALIBRATION}").read())
+    found = json.loads((folder / CALIBRATION).read_text())
     best = min(curve, key=lambda point: point["log_loss"])
     assert found["step"] == best["step"]
     assert found["pairs"] == apart.sum()
