@@ -1,5 +1,5 @@
-"""What `rlhf serve` takes: requests and responses a second, p50 and p99, with several clients, beside the same model called
-in process on the same texts; and a replica that is killed under load.
+"""What `rlhf serve` takes: requests and responses a second, p50 and p99, with several clients, beside the same models
+called in process on the same texts; and a replica that is killed under load.
 
     python -m benchmarks.serving W2                  two reward models of 34 M parameters; benchmarks/serving.json
     python -m benchmarks.serving W1 --clients 1,8,32
@@ -119,11 +119,10 @@ def in_process(world: Path, texts: Sequence[tuple[str, list[str]]]) -> float:
     """Responses a second of both models called one after the other, 64 at a time, with all threads."""
     import torch
 
-    from rlhf.models.precision import resolved
     from rlhf.models.reward import RewardScorer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    scorers = [RewardScorer(n, str(world / n), dtype=resolved("auto")) for n in ("rm0", "rm1")]
+    scorers = [RewardScorer(n, str(world / n), dtype="auto") for n in ("rm0", "rm1")]
     rows = [(p, r) for p, responses in texts for r in responses][:64]
     prompts, responses = (list(column) for column in zip(*rows, strict=True))
     for scorer in scorers:
@@ -166,9 +165,8 @@ def main() -> None:
         found["in_process_responses_a_second"] = in_process(world, texts)
         best = max(row["responses_a_second"] for row in found["load"])
         found["ratio"] = best / found["in_process_responses_a_second"]
-        print(
-            f"in process: {found['in_process_responses_a_second']:.1f} responses/s; served {found['ratio']:.2f} of it"
-        )
+        alone = found["in_process_responses_a_second"]
+        print(f"in process: {alone:.1f} responses/s; served {found['ratio']:.2f} of it")
     if given.output:
         given.output.write_text(json.dumps(found, indent=1) + "\n")
 
