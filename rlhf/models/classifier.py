@@ -23,6 +23,8 @@ from rlhf.native.layers import fuse
 
 log = logging.getLogger(__name__)
 
+ROUNDING = 2e-6  # of float32 sums, relative: rewards may be large and nearly equal
+
 
 class Classifier(torch.nn.Module):
     """A sequence classifier, whose rewards are those of transformers on each conversation alone: one of each, or one
@@ -160,7 +162,7 @@ def one_batch(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int]) -
 @torch.no_grad()
 def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
     """Finds how the classifier is called, by the rewards of random conversations: those of a way that is taken differ
-    from the model's own, of each conversation alone, by at most `tolerance` of their standard deviation.
+    from the model's own, of each conversation alone, by at most `tolerance` of their standard deviation, and rounding.
 
     Raises:
         ValueError: the model's own rewards are not finite, or differ from call to call.
@@ -186,7 +188,7 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
 
         def same() -> bool:
             found = score_rows(c, c, rows, kin, sum(map(len, rows)) // 2)
-            return bool((found - own).abs().max() <= tolerance * own.std())
+            return bool((found - own).abs().max() <= tolerance * own.std() + ROUNDING * own.abs().max())
 
         fuse(model)
         if direct:

@@ -12,7 +12,7 @@ import numpy as np
 from rlhf.shown import short
 from rlhf.sources.source import Batch
 from rlhf.types import Response
-from rlhf.utility.scales import Scale
+from rlhf.utility.scales import PROBABILITY, VERDICT, Scale
 
 
 def named(batch: Batch, row: int) -> str:
@@ -67,12 +67,29 @@ def check_scale_of(source: str, scale: Scale, rewards: np.ndarray, batch: Batch)
     Raises:
         ValueError: one of the rewards, float32 [B], is not of the scale; it names source, prompt and response.
     """
-    found = scale.misfit(rewards)
+    found = misfit(scale, rewards)
     if found is not None:
         row, why = found
         raise ValueError(
             f"{source} gave {rewards[row]:g} for {named(batch, row)}, but its scale is {scale.kind}: {why}"
         )
+
+
+def misfit(scale: Scale, rewards: np.ndarray) -> tuple[int, str] | None:
+    """The first of these rewards, float [B], that cannot be of a scale, and why. NaN (it does not apply) can.
+
+    >>> misfit(Scale("probability"), np.array([0.5, np.nan, 1.0]))
+    (2, 'with error_rate=0 the log of a probability of 0 or 1, or of its complement, is infinite')
+    """
+    known, bad, why = ~np.isnan(rewards), np.zeros(len(rewards), bool), ""
+    if scale.kind == VERDICT:
+        bad, why = known & ~np.isin(rewards, (0, 1)), "a verdict is 0 or 1 (false or true)"
+    if scale.kind == PROBABILITY:
+        bad, why = known & ~((rewards >= 0) & (rewards <= 1)), "a probability lies within [0, 1]"
+        if not bad.any() and scale.error_rate == 0:
+            bad = known & np.isin(rewards, (0, 1))
+            why = "with error_rate=0 the log of a probability of 0 or 1, or of its complement, is infinite"
+    return (int(np.flatnonzero(bad)[0]), why) if bad.any() else None
 
 
 def _is_sequence(value: Any) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 BRADLEY_TERRY, LOG_ODDS, PROBABILITY, VERDICT, NUMBER = (
     "bradley_terry",
     "log_odds",
@@ -45,24 +43,6 @@ class Scale:
     @property
     def has_probability(self) -> bool:
         return self.kind != NUMBER
-
-    def misfit(self, rewards: np.ndarray) -> tuple[int, str] | None:
-        """The first of these rewards, float [B], that cannot be of this scale, and why. NaN (it does not apply) can.
-
-        >>> Scale("probability").misfit(np.array([0.5, np.nan, 1.0]))
-        (2, 'with error_rate=0 the log of a probability of 0 or 1, or of its complement, is infinite')
-        """
-        known, bad, why = ~np.isnan(rewards), np.zeros(len(rewards), bool), ""
-        if self.kind == VERDICT:
-            bad, why = known & ~np.isin(rewards, (0, 1)), "a verdict is 0 or 1 (false or true)"
-        if self.kind == PROBABILITY:
-            bad, why = known & ~((rewards >= 0) & (rewards <= 1)), "a probability lies within [0, 1]"
-            if not bad.any() and self.error_rate == 0:
-                bad = known & np.isin(rewards, (0, 1))
-                why = (
-                    "with error_rate=0 the log of a probability of 0 or 1, or of its complement, is infinite"
-                )
-        return (int(np.flatnonzero(bad)[0]), why) if bad.any() else None
 
 
 BT = Scale(BRADLEY_TERRY)

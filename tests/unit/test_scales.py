@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from rlhf.sources.answers import misfit
 from rlhf.types import Ragged, Rollouts
 from rlhf.utility.kinds import TRANSFORM_KINDS, check_utility
 from rlhf.utility.pipeline import Utility
@@ -244,5 +245,5 @@ def test_a_number_has_no_probability(transform):
     ],
 )
 def test_what_is_not_of_a_scale(scale, reward, fault):
-    found = scale.misfit(np.array([0.5 if scale.kind == "probability" else 1.0, np.nan, reward]))
+    found = misfit(scale, np.array([0.5 if scale.kind == "probability" else 1.0, np.nan, reward]))
     assert found is fault is None or (found[0] == 2 and found[1].startswith(fault))
