@@ -50,16 +50,21 @@ class BaselineEstimator:
         self._known, self._path = BaselineStatistics(exact=exact, keys=keys), None
         self._known.merge(known)
 
-    def open_rules(self, rules: Mapping[str, ReferenceRule], prompt_ids: np.ndarray) -> tuple[list, list]:
-        """Of these prompts, uint64 [N], those whose references need samples that are not there, bool [N]; and for each
-        canned rule those that its responses were not scored for: (reward, bool [N])."""
-        sampled = [n for n, rule in rules.items() if rule.sampled]
-        lacks = np.zeros(len(prompt_ids), bool)
-        for name in sampled:
-            lacks |= ~self._statistics.known(name, prompt_ids)
+    def open_rules(
+        self, rules: Mapping[str, ReferenceRule], prompt_id: int, base: bool
+    ) -> tuple[bool, list[str]]:
+        """Whether a prompt's references need samples that are not there, and the canned rules whose responses were not
+        scored for it. base: whatever the rules are, samples are needed."""
+        ids = np.array([prompt_id], np.uint64)
+        needed = [n for n, rule in rules.items() if base or rule.sampled]
+        lacks = any(not self._statistics.known(name, ids)[0] for name in needed)
         canned = [n for n, rule in rules.items() if rule.kind == "canned"]
-        open_ = [(n, ~self._statistics.canned(n, prompt_ids)) for n in canned]
-        return lacks.tolist(), [(name, lack.tolist()) for name, lack in open_]
+        return lacks, [n for n in canned if not self._statistics.canned(n, ids)[0]]
+
+    def update_prompt(self, models: Sequence[str], prompt_id: int, raw: np.ndarray) -> None:
+        """Takes in the base policy's rewards of a prompt that was asked for. raw: float32 [n, M]."""
+        ids = np.full(len(raw), prompt_id, np.uint64)
+        self._add(models, ids, raw, ("served", prompt_id))
 
     def absent(self, rules: Mapping[str, ReferenceRule], prompt_ids: np.ndarray) -> dict[str, int]:
         """To how many of these prompts each reward does not apply."""
@@ -83,8 +88,9 @@ class BaselineEstimator:
 
         source: names the sampling that the item is of, so that those of two runs are not taken for one.
         """
-        ids = rollouts.prompt_ids[rollouts.group]
-        item = (source, rollouts.item)
+        self._add(models, rollouts.prompt_ids[rollouts.group], raw, (source, rollouts.item))
+
+    def _add(self, models: Sequence[str], ids: np.ndarray, raw: np.ndarray, item: tuple[str, int]) -> None:
         for column, model in enumerate(models):
             applies = ~np.isnan(raw[:, column])
             self._statistics.add_samples(model, ids[applies], raw[applies, column], item)

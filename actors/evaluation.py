@@ -86,13 +86,18 @@ class Evaluation:
     def _fill(
         self, statistics: BaselineStatistics, name: str, rule: ReferenceRule, scores: np.ndarray
     ) -> None:
-        statistics.add_samples(name, np.repeat(self.ids, scores.shape[1]), scores.ravel(), 0)
+        ids, flat = np.repeat(self.ids, scores.shape[1]), scores.ravel()
+        applies = ~np.isnan(flat)
+        statistics.add_samples(name, ids[applies], flat[applies], 0)
+        if not applies.all():
+            statistics.add_absent(name, ids[~applies], 0)
         own = rewards_of(self._config.evaluators)[name]
         contents = [p.content for p in self._prompts]
         for i, canned in enumerate(own.canned if rule.kind == "canned" else []):
             score = partial(self._roles.evaluators.texts, name, contents, [canned] * len(contents))
             rewards = Call(f"scoring of evaluators.{name}.canned", score, self._silence).result()
-            statistics.add_canned(name, self.ids, rewards, i)
+            applies = ~np.isnan(rewards)
+            statistics.add_canned(name, self.ids[applies], rewards[applies], i)
         if rule.kind == "column":
             values = [float(p.meta[str(own.column)]) for p in self._prompts]
             statistics.add_column(name, self.ids, np.array(values, np.float32))

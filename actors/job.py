@@ -120,7 +120,7 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     if _serving:
         check_port("serve.port", config.serve.port, config.serve.host)
         config = to_serve(config)
-    stages = Stages(config, preflight(config, store), store)
+    stages = Stages(config, preflight(config, store, _serving), store)
     if _serving or not stages.complete():
         session.start(config)
     from actors.stages.job import Job  # seconds of imports, while Ray starts

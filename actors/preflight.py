@@ -15,7 +15,7 @@ from rlhf.store import Store
 log = logging.getLogger(__name__)
 
 
-def preflight(config: Config, store: Store) -> RunData:
+def preflight(config: Config, store: Store, serving: bool = False) -> RunData:
     """Loads and checks the data, the given models' configurations and tokenizers, and the machine.
 
     Raises:
@@ -28,7 +28,7 @@ def preflight(config: Config, store: Store) -> RunData:
     data = prepare(config, store)
     _check_names(config, data)
     _check_policy(config, data)
-    _check_sources(config, data)
+    _check_sources(config, data, serving)
     return data
 
 
@@ -80,7 +80,7 @@ def _check_policy(config: Config, data: RunData) -> None:
     chat.check_table(found, [p.content for p in prompts], answers=policy.path is None)
 
 
-def _check_sources(config: Config, data: RunData) -> None:
+def _check_sources(config: Config, data: RunData, serving: bool) -> None:
     from rlhf.data.preferences import load_preferences
     from rlhf.models.load import start_config
 
@@ -98,8 +98,13 @@ def _check_sources(config: Config, data: RunData) -> None:
             start_config(base, base_key)
         if source.trains() and own["preferences"] is not None:
             load_preferences(own["preferences"], config.data.tolerated_share)
+        if serving:
+            source.check_texts(key, pairs=False)
         for reward in source.names(key.rsplit(".", 1)[1]).values():
+            if reward.reference == "canned":
+                source.check_texts(key, pairs=False)
             if reward.calibration is not None:
+                source.check_texts(key, pairs=True)
                 load_preferences(reward.calibration, config.data.tolerated_share)
 
 

@@ -132,9 +132,13 @@ def check_offer(config: Config, offered: dict[str, float]) -> None:
 
 
 def check_port(key: str, port: int, host: str = "127.0.0.1") -> None:
-    with socket.socket() as s:
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise ValueError(f"{key}={port}: {host} is no address of this machine ({error.strerror})") from None
+    with socket.socket(family, kind) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            s.bind((host, port))
+            s.bind(place)
         except OSError as error:
             raise ValueError(f"{key}={port}: the port is in use ({error.strerror}); choose another") from None

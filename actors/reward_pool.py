@@ -157,11 +157,16 @@ class RewardIngress:
         return np.concatenate([r for r, _ in found], 1), tuple(s for _, spans in found for s in spans)
 
     async def texts(
-        self, reward: str, contents: Sequence[Content], responses: Sequence[Response]
+        self,
+        reward: str,
+        contents: Sequence[Content],
+        responses: Sequence[Response],
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> np.ndarray:
-        """One reward of given responses, float32 [N]."""
+        """One reward of given responses, float32 [N]. columns: of their prompts; None: those of the data set."""
         source, given = next((s, g) for s, g in self._rewards.items() if reward in g)
-        return (await self._call(source, "score_texts", contents, responses))[:, given.index(reward)]
+        scores = await self._call(source, "score_texts", contents, responses, columns)
+        return scores[:, given.index(reward)]
 
     async def raw_texts(
         self,
@@ -295,6 +300,10 @@ class RewardPool:
                 tell += PATIENCE
                 log.warning("the reward pool is waited for: %s; %s", states, room())
             time.sleep(0.1)
+
+    def latest_notes(self) -> list[str]:
+        """What there is to tell of how sources were called, by now."""
+        return self._handle.notes.remote().result(timeout_s=self._silence)
 
     def _started(self, response: Any) -> ray.ObjectRef:
         """The reference of a call, once a replica has it."""

@@ -18,7 +18,7 @@ from actors.session import Session
 from actors.signals import hear_again
 from actors.stages.reward_models import RewardModels
 from actors.stages.stage import Stages
-from rlhf.sources.source import Source
+from rlhf.sources.source import Source, rewards_of
 
 SLACK = 30.0  # seconds beyond its own limits that a role's start is waited for
 
@@ -72,10 +72,12 @@ class Roles:
         budget, resources = self.config.deepspeed.micro_batch_tokens * 2, self.config.resources
         baseline, data = self.baseline.actor, self.stages.data
         read = any(source.reads_columns for source in sources.values())
+        units = {name: own.unit for name, own in rewards_of(sources).items()}
         parts = (
             {name: (source.kind, source.own) for name, source in sources.items()},
+            units,
             paths,
-            data.prompts_fingerprint() if read else None,
+            data.columns_fingerprint() if read else None,
             resources.reward,
             resources.max_reward_replicas,
             budget,

@@ -6,11 +6,11 @@ rlhf serve data=none ...       no prompts of its own: references are made when t
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import time
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import serve
@@ -28,9 +28,9 @@ from actors.stages.job import Job
 from actors.stages.reward_models import RewardModels
 from actors.stages.sft import Sft
 from rlhf.config import Config
-from rlhf.files import write_atomic
 from rlhf.serving.protocol import ModelInfo
 from rlhf.sources.source import rewards_of
+from rlhf.utility.kinds import TRANSFORM_KINDS
 
 TOKEN = "token"
 PATHS = "/v1/rewards, /get_reward, /slime, /classify; /health, /metrics, /openapi.json"
@@ -52,9 +52,8 @@ def token_of(config: Config, folder: Path) -> tuple[str, str]:
         return token, f"the environment variable {name}"
     token = secrets.token_urlsafe(32)
     path = folder / TOKEN
-    path.touch(mode=0o600)
-    write_atomic(path, token + "\n")
-    path.chmod(0o600)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(token + "\n")
     return token, str(path)
 
 
@@ -95,42 +94,41 @@ def _unwell(pool: RewardPool) -> str:
 def _served(job: Job, pool: RewardPool) -> Served:
     config, stages = job.config, job.stages
     baseline, models, utility = stages.of(Baseline), stages.of(RewardModels), stages.of(Align).utility
-    ask = job.roles.baseline.ask
-    if "baseline" in config.stages:
-        ask("reopen", str(baseline.statistics_path), baseline.keys, config.baseline.exact)
-    else:
-        ask("reset", dict.fromkeys(baseline.rules, "served"), config.baseline.exact)
+    known = "baseline" in config.stages
     rewards = rewards_of(config.reward_models)
-    sampled = any(rule.sampled for rule in baseline.rules.values()) or utility.needs_samples
-    generator: Any = None
-    policy = None
-    if sampled and config.serve.unseen == "sample":
+    needs_base = TRANSFORM_KINDS[utility.transform].needs_base
+    generator, policy = None, None
+    if (needs_base or any(r.sampled for r in baseline.rules.values())) and config.serve.unseen == "sample":
         options = {**actor_options(config.resources.generators), "max_restarts": -1, "max_task_retries": 2}
-        actor = ray.remote(Generator).options(**options)
         policy = stages.of(Sft).policy_path
+        actor = ray.remote(Generator).options(**options)
         generator = actor.remote(0, config.rollout, config.policy.chat_template, config.resources.generators)
         ray.get(generator.load.remote(policy), timeout=config.recovery.startup)
-    infos = {
-        name: ModelInfo(
-            kind=own.kind,
-            scale=utility.scale(name).kind,
-            temperature=utility.scale(name).temperature,
-            error_rate=utility.scale(name).error_rate,
-            weight=own.weight,
-            fingerprint=models.names[name],
-        )
-        for name, own in rewards.items()
-    }
-    canned = {name: own.canned for name, own in rewards.items() if own.reference == "canned"}
-    return Served(
-        pool.name,
-        job.roles.baseline.actor,
-        generator,
-        policy,
-        infos,
-        utility,
-        baseline.rules,
-        canned,
-        config.baseline.samples,
-        config.seed,
+    served = Served(
+        pool=pool.name,
+        estimator=job.roles.baseline.actor,
+        statistics=str(baseline.statistics_path) if known else None,
+        keys=baseline.keys if known else dict.fromkeys(baseline.rules, "served"),
+        exact=config.baseline.exact,
+        generator=generator,
+        policy=policy,
+        models={
+            name: ModelInfo(
+                kind=own.kind,
+                scale=utility.scale(name).kind,
+                temperature=utility.scale(name).temperature,
+                error_rate=utility.scale(name).error_rate,
+                weight=own.weight,
+                fingerprint=models.names[name],
+            )
+            for name, own in rewards.items()
+        },
+        reads_columns=any(source.reads_columns for source in config.reward_models.values()),
+        utility=utility,
+        rules=baseline.rules,
+        canned={name: own.canned for name, own in rewards.items() if own.reference == "canned"},
+        samples=config.baseline.samples,
+        seed=config.seed,
     )
+    asyncio.run(served.open_estimator())
+    return served

@@ -77,7 +77,7 @@ def train(seed: int, output: Path, overrides: Sequence[str]) -> dict[float, list
                 scaled((output / "latest" / "reward_models" / "helpful").resolve(), model, scale)
             rlhf(
                 *common, f"seed={seed}", f"arm={','.join(ARMS)}", f"study.point={','.join(TARGETS)}",
-                "algorithm.kl_target=${oc.decode:${oc.env:UNITS_${study.point}}}",
+                "algorithm.kl_target='${oc.decode:${oc.env:UNITS_${study.point}}}'",
                 f"algorithm.kl_horizon={HORIZON}", f"reward_models.helpful.path={model}",
                 f"hydra.sweep.dir={folder / f'sweep-{scale:g}'}",
             )  # fmt: skip

@@ -13,11 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.config import STAGES, Config
-from rlhf.config_numbers import check_ranges
+from rlhf.config_numbers import check_numbers, check_ranges
 from rlhf.config_types import check_type
 from rlhf.sources.kinds import source_class
 from rlhf.sources.source import Source, rewards_of
-from rlhf.utility.kinds import check_utility
+from rlhf.utility.kinds import TRANSFORM_KINDS, check_utility
 
 DTYPES = ("float32", "bfloat16", "auto")
 
@@ -45,6 +45,7 @@ def typed(values: DictConfig, serving: bool = False) -> Config:
 def to_serve(config: Config) -> Config:
     """The configuration of a server: with the stages that make what is not given, and without learners that do not
     train."""
+    config = replace(config, evaluators={})
     stages, learner = _stages_to_serve(config), config.resources.learner
     trains = any(s.trains() for s in config.reward_models.values()) or (
         "sft" in stages and config.policy.path is None
@@ -151,6 +152,14 @@ def _check_names(config: Config) -> None:
         _refuse(value not in allowed, f"{key}={value} is not one of {', '.join(map(str, allowed))}")
     for key, source in _all_sources(config):
         source.check(key)
+        _refuse(
+            key.startswith("evaluators.") and (source.calibration or source.temperature) is not None,
+            f"{key}.calibration and .temperature have no effect: an evaluator's rewards are compared with r_ref alone",
+        )
+        for head, own in source.names("").items():
+            if own is not source:
+                check_type(f"{key}.heads.{head}", own, type(own))
+                check_numbers(f"{key}.heads.{head}.", own)
     for group in ("reward_models", "evaluators"):
         given: dict[str, str] = {}
         for source, settings in getattr(config, group).items():
@@ -312,6 +321,8 @@ def _check_sources(config: Config) -> None:
     given = {f"data.{key}": getattr(data, key) for key in ("prompts", "eval_prompts", "demonstrations")}
     for key, source in _all_sources(config):
         given |= {f"{key}.{name}": getattr(source, name) for name in source.data_keys}
+        for head, own in source.names("").items():
+            given[f"{key}.heads.{head}.calibration" if head else f"{key}.calibration"] = own.calibration
     for key, value in given.items():
         parts = value if isinstance(value, list) else [value]
         _refuse(
@@ -321,12 +332,32 @@ def _check_sources(config: Config) -> None:
         )
 
 
+def _check_alone(config: Config) -> None:
+    """Of a server without prompts of its own: what it may have to sample, and what it cannot know."""
+    transform = config.utility.transform
+    kind = TRANSFORM_KINDS.get(transform)
+    rules = [own.rule(0.5, "empirical") for own in rewards_of(config.reward_models).values()]
+    sampled = any(rule.sampled for rule in rules) or (kind is not None and kind.needs_base)
+    _refuse(
+        sampled and config.serve.unseen == "sample" and config.policy.path is None,
+        "give policy.path: references of prompts that clients bring are made of its samples (or set "
+        "serve.unseen=refuse, and other references)",
+    )
+    _refuse(
+        transform == "zscore_global",
+        "utility.transform=zscore_global compares with all prompts of a data set: give data.prompts, or another "
+        "transform",
+    )
+
+
 def _check_inputs(config: Config, serving: bool) -> None:
     data, policy, models = config.data, config.policy, config.reward_models
     _refuse(not models, "reward_models is empty: give at least one")
     _check_sources(config)
     if data.microcosm is None:
         alone = serving and data.prompts is None
+        if alone:
+            _check_alone(config)
         _refuse(
             data.prompts is None and not serving,
             "data.prompts is missing: give a JSONL, CSV or Parquet file, or a hub name",

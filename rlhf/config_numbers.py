@@ -145,10 +145,15 @@ def check_ranges(config: c.Config) -> None:
     Raises:
         ValueError: a number is out of its range; it names the key.
     """
-    for key, value, allowed in _numbers("", config):
+    check_numbers("", config)
+
+
+def check_numbers(key: str, part: Any) -> None:
+    """As `check_ranges`, of a part of a configuration; `key`: what its keys begin with."""
+    for name, value, allowed in _numbers(key, part):
         refusal = allowed.refusal(value)
         if refusal is not None:
-            raise ValueError(f"{key}={value} {refusal}")
+            raise ValueError(f"{name}={value} {refusal}")
 
 
 def _numbers(key: str, config: Any) -> Iterator[tuple[str, float, Range]]:

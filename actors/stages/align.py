@@ -27,6 +27,7 @@ from rlhf.shown import redacted_values
 from rlhf.sources.source import rewards_of
 from rlhf.store import CHECKPOINTS, fingerprint
 from rlhf.utility.pipeline import Utility
+from rlhf.utility.scales import WRONG
 
 if TYPE_CHECKING:
     from actors.stages.job import Job
@@ -61,7 +62,8 @@ class Align(Stage):
     @property
     def _units(self) -> Any:
         """What the scales depend on."""
-        kinds = {n: (own.scale, own.error_rate) for n, own in rewards_of(self.config.reward_models).items()}
+        rewards = rewards_of(self.config.reward_models)
+        kinds = {n: (own.scale, own.error_rate if own.scale in WRONG else 0) for n, own in rewards.items()}
         calibrated = self.config.utility.calibrated
         return (kinds, self.stages.of(RewardModels).calibration_names if calibrated else None)
 

@@ -79,6 +79,15 @@ class AlignRun:
             line(note)
         write_atomic(self.folder / "notes.json", json.dumps(notes, indent=1))
 
+    def _tell_more(self) -> None:
+        """What was noted of rewards since the stage began."""
+        path = self.folder / "notes.json"
+        notes = json.loads(path.read_text())
+        more = [note for note in self.roles.rewards.latest_notes() if note not in notes]
+        for note in more:
+            self.job.view.line(note)
+        write_atomic(path, json.dumps([*notes, *more], indent=1))
+
     def train(self) -> None:
         from rlhf.logs import MetricsWriter
 
@@ -120,6 +129,7 @@ class AlignRun:
             early = curve.go_on(controller.version)
             if curve.is_due(controller.version):
                 history.add(Evaluated(controller.version))
+        self._tell_more()
         history.add(Ended(controller.version, early or ""))
         history.close()
         writer.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,24 +36,39 @@ class HeldOut:
         return next(due for due in self._due if due > step)
 
     def take(self, learner: LearnerGroup, step: int, say: Callable[[str], None]) -> None:
-        """Measures, if it is due and was not done."""
+        """Measures, if it is due and was not done. The best step's model has a folder of its own until the last: a
+        process that ends in between leaves the one before."""
         if step not in self._due or step in [point["step"] for point in self._points]:
             return
         margins = learner.values(self._data, self._pairs)
+        if not np.isfinite(margins).all():
+            raise ValueError(
+                f"after step {step} the rewards of held-out pairs are not finite: lower the learning rate"
+            )
         found = measure(margins)
-        best = found.log_loss < min((p["log_loss"] for p in self._points), default=np.inf)
+        before = min((p["log_loss"] for p in self._points), default=np.inf)
         self._points.append(
             {"step": step, "accuracy": found.accuracy, "log_loss": found.log_loss, "error": found.error}
         )
-        if best:
-            learner.save(self._folder)
-            write_atomic(
-                self._folder / CALIBRATION,
-                json.dumps({"step": step, **calibrate(margins).as_json()}, indent=1),
-            )
+        if found.log_loss < before:
+            folder = self._best(step)
+            shutil.rmtree(folder, ignore_errors=True)
+            learner.save(folder)
+            calibration = {"step": step, **calibrate(margins).as_json()}
+            write_atomic(folder / CALIBRATION, json.dumps(calibration, indent=1))
         write_atomic(self._folder / CURVE, json.dumps(self._points, indent=1))
+        best = self._best(min(self._points, key=lambda p: p["log_loss"])["step"])
+        for other in self._folder.glob("best-*"):
+            if other != best:
+                shutil.rmtree(other)
         if step == self._due[-1]:
+            for file in best.iterdir():
+                os.replace(file, self._folder / file.name)
+            best.rmdir()
             self._tell(say)
+
+    def _best(self, step: int) -> Path:
+        return self._folder / f"best-{step}"
 
     def _tell(self, say: Callable[[str], None]) -> None:
         found = json.loads((self._folder / CALIBRATION).read_text())

@@ -17,7 +17,7 @@ from actors.stages.fit import fit, trained_by
 from actors.stages.held_out import CALIBRATION, CURVE, HeldOut
 from actors.stages.sft import Sft
 from actors.stages.stage import Output, Stage
-from rlhf.code import code_version
+from rlhf.code import code_version, source_code
 from rlhf.data.preferences import load_preferences
 from rlhf.data.prepare import Sources, evaluator_source, preferences_source
 from rlhf.data.rows import sources as resolved
@@ -64,7 +64,12 @@ class RewardModels(Stage):
         return {
             reward: self._trained_name(group, name, source)
             if isinstance(source, ClassifierSource) and source.trains()
-            else fingerprint(source.kind, own.scale, own.identity())
+            else fingerprint(
+                source.kind,
+                own.identity(),
+                source_code(type(source)),
+                self.data.columns_fingerprint() if source.reads_columns else None,
+            )
             for name, source in self.sources(group).items()
             for reward, own in source.names(name).items()
         }
@@ -111,7 +116,7 @@ class RewardModels(Stage):
                 ),
             )
             for reward, own in rewards_of(self.config.reward_models).items()
-            if own.calibration is not None
+            if own.calibration is not None and self.config.utility.calibrated
         }
 
     @cached_property

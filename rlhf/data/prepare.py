@@ -58,6 +58,11 @@ class RunData:
         """Of each prompt, by its id, the other columns of its row."""
         return {p.id: p.meta for p in [*self.prompts, *self.eval_prompts]}
 
+    def columns_fingerprint(self) -> str:
+        """Of the prompts with all that stands beside them."""
+        rows = sorted((number, repr(sorted(meta.items()))) for number, meta in self.columns().items())
+        return fingerprint(rows)
+
     def prompts_fingerprint(self) -> str:
         return fingerprint([p.id for p in self.prompts], [p.id for p in self.eval_prompts])
 

@@ -86,7 +86,10 @@ def response_wins(samples: PolicySamples) -> dict[str, np.ndarray]:
     wins = {n: s >= samples.judge_reference[n][:, None] for n, s in samples.judged.items()}
     applies = {n: ~np.isnan(s) for n, s in samples.judged.items()}
     joint = np.logical_and.reduce([won | ~applies[n] for n, won in wins.items()])
-    return {n: np.where(applies[n], won, np.nan) for n, won in wins.items()} | {JOINT: joint.astype(float)}
+    some = np.logical_or.reduce(list(applies.values()))
+    return {n: np.where(applies[n], won, np.nan) for n, won in wins.items()} | {
+        JOINT: np.where(some, joint, np.nan)
+    }
 
 
 def prompt_versus(base: PolicySamples, aligned: PolicySamples) -> dict[str, np.ndarray]:

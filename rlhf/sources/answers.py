@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,8 @@ from rlhf.shown import short
 from rlhf.sources.source import Batch
 from rlhf.types import Response
 from rlhf.utility.scales import PROBABILITY, VERDICT, Scale
+
+LARGEST = float(np.finfo(np.float32).max)  # of rewards
 
 
 def named(batch: Batch, row: int) -> str:
@@ -54,12 +55,13 @@ def as_reward(source: str, value: Any, batch: Batch, row: int, nothing: bool = T
         return None
     if hasattr(value, "item") and getattr(value, "size", None) != 0 and not getattr(value, "shape", ()):
         value = value.item()  # of numpy or torch
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    number = float(value) if isinstance(value, numbers.Real) else float("nan")
+    if not abs(number) <= LARGEST:  # NaN neither
         instead = "a finite number, or None where it does not apply" if nothing else "a finite number"
         raise ValueError(
             f"{source} returned {_told(value)} for {named(batch, row)}; it must return {instead}"
         )
-    return float(value)
+    return number
 
 
 def check_scale_of(source: str, scale: Scale, rewards: np.ndarray, batch: Batch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -10,7 +11,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -57,7 +58,11 @@ class FunctionSource(Source):
     def identity(self) -> Any:
         """Where the function is, and the text of its file; what that imports is not looked at."""
         assert self.path is not None
-        file = inspect.getsourcefile(load_function(self.path, self.path))
+        function = inspect.unwrap(load_function(self.path, self.path))
+        while isinstance(function, functools.partial):
+            function = function.func
+        written = function if inspect.isroutine(function) else type(function)
+        file = None if inspect.isbuiltin(written) else inspect.getsourcefile(written)
         text = b"" if file is None else Path(file).read_bytes()
         name = self.path.rpartition(":")[2]
         return (name, hashlib.blake2b(text, digest_size=8).hexdigest(), self.arguments)
@@ -68,16 +73,12 @@ class FunctionSource(Source):
         function = load_function(f"{key}.path={self.path}", self.path)
         columns = set.intersection(*(set(p.meta) for p in prompts)) if prompts else set()
         given = {*OURS, *self.arguments, *columns}
-        for name, parameter in inspect.signature(function).parameters.items():
-            required = parameter.default is parameter.empty and parameter.kind not in (
-                parameter.VAR_KEYWORD,
-                parameter.VAR_POSITIONAL,
-            )
-            if required and parameter.kind == parameter.POSITIONAL_ONLY:
+        for name in sorted(_required(function)):
+            if inspect.signature(function).parameters[name].kind == inspect.Parameter.POSITIONAL_ONLY:
                 raise ValueError(
                     f"{key}.path={self.path}: its argument '{name}' is positional only; it is called by names"
                 )
-            if required and name not in given:
+            if name not in given:
                 raise ValueError(
                     f"{key}.path={self.path} takes '{name}', which is no column that every prompt has, nor in "
                     f"{key}.arguments; it can be given {', '.join(sorted(given))}"
@@ -88,12 +89,26 @@ class FunctionSource(Source):
                 "name of what every function is given; rename the column"
             )
 
+    def check_texts(self, key: str, pairs: bool) -> None:
+        """Tokens and the end of a response are those of rollouts alone, columns those of the prompts' data set."""
+        assert self.path is not None
+        required = _required(load_function(f"{key}.path={self.path}", self.path))
+        lacks = required & {"completion_ids", "finished"}
+        lacks |= required - {*OURS, *self.arguments} if pairs else set()
+        if lacks:
+            what = "pairs to calibrate on" if pairs else "texts that are not sampled here (canned, served)"
+            raise ValueError(f"{key}.path={self.path} takes '{min(lacks)}', which {what} do not have")
+
     def open(self, name: str, place: Place) -> RewardSource:
         assert self.path is not None
         function = load_function(f"reward source '{name}'", self.path)
         return FunctionRewards(
             f"reward source '{name}' ({self.path})", function, self.arguments, self.timeout
         )
+
+
+class _LateError(Exception):
+    """A call has not returned in its time."""
 
 
 class FunctionRewards:
@@ -109,17 +124,14 @@ class FunctionRewards:
         self._coroutine = inspect.iscoroutinefunction(function)
         self.alone = not self._coroutine
         self.notes: list[str] = []
-        self._loop = asyncio.new_event_loop()
-        if self._coroutine:
-            threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._threads = ThreadPoolExecutor(1)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def score(self, batch: Batch) -> Rows:
         if not len(batch):
             return [[]]
         try:
             given = self._call(batch)
-        except TimeoutError:
+        except _LateError:
             raise ValueError(
                 f"{self._name} has not returned after {self._timeout:g} s (timeout), for {len(batch)} responses, the "
                 f"first of {named(batch, 0)}"
@@ -131,24 +143,36 @@ class FunctionRewards:
     def _call(self, batch: Batch) -> Any:
         """
         Raises:
-            TimeoutError: it takes too long. A thread cannot be ended: the caller ends the process.
+            _LateError: it takes too long. A thread cannot be ended: it is left behind, and the next call has another.
         """
         arguments = self._given(batch)
+        call: Future[Any]
         if self._coroutine:
-            return asyncio.run_coroutine_threadsafe(
-                asyncio.wait_for(self._function(**arguments), self._timeout), self._loop
-            ).result()
-        call = self._threads.submit(self._function, **arguments)
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, daemon=True).start()
+            call = asyncio.run_coroutine_threadsafe(self._function(**arguments), self._loop)
+        else:
+            call = Future()
+            threading.Thread(target=self._run, args=(call, arguments), daemon=True).start()
         if not wait([call], self._timeout).done:
-            raise TimeoutError
+            call.cancel()
+            self._loop = None  # it may be blocked
+            raise _LateError
         return call.result()
+
+    def _run(self, call: Future[Any], arguments: Mapping[str, Any]) -> None:
+        try:
+            call.set_result(self._function(**arguments))
+        except BaseException as error:
+            call.set_exception(error)
 
     def _given(self, batch: Batch) -> dict[str, Any]:
         every: dict[str, Any] = {
-            "prompts": list(batch.prompts),
-            "completions": [_completion(p, r) for p, r in zip(batch.prompts, batch.responses, strict=True)],
             **batch.columns,
             **self._arguments,
+            "prompts": list(batch.prompts),
+            "completions": [_completion(p, r) for p, r in zip(batch.prompts, batch.responses, strict=True)],
         }
         if batch.tokens is not None:
             every["completion_ids"] = [row.tolist() for row in batch.tokens]
@@ -161,7 +185,7 @@ class FunctionRewards:
         for row in range(len(batch)):
             try:
                 self._call(batch.part([row]))
-            except TimeoutError:
+            except _LateError:
                 break
             except Exception as own:
                 return ValueError(f"{self._name} raised {_told(own)} for {named(batch, row)}")
@@ -169,6 +193,13 @@ class FunctionRewards:
             f"{self._name} raised {_told(error)} for {len(batch)} responses together, the first of {named(batch, 0)}, "
             "though for none of them alone"
         )
+
+
+def _required(function: Callable[..., Any]) -> set[str]:
+    """The arguments without which it cannot be called by names."""
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(function).parameters.items()
+    return {name for name, p in parameters if p.default is p.empty and p.kind not in variable}
 
 
 def load_function(what: str, path: str) -> Callable[..., Any]:

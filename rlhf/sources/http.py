@@ -171,7 +171,8 @@ class HttpRewards:
                     "columns": {name: values[rows[0]] for name, values in part.columns.items()},
                 }
                 for rows in _groups(part)
-            ]
+            ],
+            "raw_only": True,
         }
 
     def _native_rewards(self, part: Batch, answer: Any) -> list[Any]:

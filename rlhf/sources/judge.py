@@ -99,6 +99,12 @@ class JudgeSource(RemoteSource):
     def preflight(self, key: str, prompts: Sequence[Prompt]) -> None:
         super().preflight(key, prompts)
         rubric = Rubric(f"{key}.rubric", self.rubric)
+        taken = {"prompt", "response", "messages"} & {name for p in prompts for name in p.meta}
+        if taken:
+            raise ValueError(
+                f"{key}.rubric: the prompts' data set has a column '{min(taken)}', which is the name of what "
+                "every rubric may use; rename the column"
+            )
         for prompt in prompts:
             rubric.text(prompt.content, "", prompt.meta, prompt.source)
 

@@ -37,8 +37,8 @@ def source_class(key: str, kind: object) -> type[Source]:
     module, _, name = place.partition(":")
     try:
         found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key}.kind={kind} cannot be imported: {error}") from error
+    except Exception as error:  # whatever another package's module does when it is imported
+        raise ValueError(f"{key}.kind={kind} cannot be imported: {type(error).__name__}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Source)):
         raise ValueError(f"{key}.kind={kind} is no subclass of rlhf.sources.source.Source")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,11 @@ class RemoteSource(Source):
     def identity(self) -> Any:
         carriage = {"concurrency", "timeout", "retries", "backoff", "token_env", "batch_size"}  # of no reward
         kept = {name: value for name, value in super().identity().items() if name not in carriage}
-        return kept | {"url": self.place}
+        secret = urlsplit(self.url or "")
+        whole = secret._replace(
+            netloc=secret.netloc.rpartition("@")[2]
+        ).geturl()  # its query may choose a model
+        return kept | {"url": hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()}
 
     def preflight(self, key: str, prompts: Sequence[Prompt]) -> None:
         if self.token_env is not None:

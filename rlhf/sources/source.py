@@ -142,6 +142,14 @@ class Source:
             ValueError: names the key, and the prompt's row.
         """
 
+    def check_texts(self, key: str, pairs: bool) -> None:
+        """What can be refused of one that is to reward given texts, not rollouts: canned responses, those that a client
+        of `rlhf serve` brings, or `pairs` to calibrate on.
+
+        Raises:
+            ValueError: names the key.
+        """
+
     def open(self, name: str, place: Place) -> RewardSource:
         """
         Raises:

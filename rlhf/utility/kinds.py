@@ -25,6 +25,9 @@ class TransformKind:
     kind: str
     parameters: tuple[str, ...] = ()
     needs_samples: bool = False  # the base policy's rewards of the prompt, each of them
+    needs_base: bool = (
+        False  # the base policy's rewards of the prompt in some form: their samples, moments or range
+    )
     of_log_odds: bool = False  # of (r - r_ref) in nats of preference odds, else of the number as it is
 
     @property
@@ -49,11 +52,11 @@ TRANSFORM_KINDS: dict[str, TransformKind] = {
     "lsc": TransformKind(LOG_PROBABILITY, of_log_odds=True),
     "log_sigmoid": TransformKind(LOG_PROBABILITY, of_log_odds=True),
     "sigmoid": TransformKind(PROBABILITY, of_log_odds=True),
-    "par": TransformKind(PROBABILITY, needs_samples=True, of_log_odds=True),
-    "quantile_rank": TransformKind(PROBABILITY, needs_samples=True),
-    "zscore": TransformKind(REWARD),
-    "zscore_global": TransformKind(REWARD),
-    "min_max": TransformKind(REWARD),
+    "par": TransformKind(PROBABILITY, needs_samples=True, of_log_odds=True, needs_base=True),
+    "quantile_rank": TransformKind(PROBABILITY, needs_samples=True, needs_base=True),
+    "zscore": TransformKind(REWARD, needs_base=True),
+    "zscore_global": TransformKind(REWARD, needs_base=True),
+    "min_max": TransformKind(REWARD, needs_base=True),
     "clip": TransformKind(REWARD, ("low", "high"), of_log_odds=True),
     "tanh": TransformKind(REWARD, ("scale",), of_log_odds=True),
     "inada": TransformKind(REWARD, ("scale", "aversion"), of_log_odds=True),

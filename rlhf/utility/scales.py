@@ -21,6 +21,7 @@ SCALES = {
 }
 REFERENCES = ("quantile", "canned", "mean", "constant", "column")
 REFERRED = (BRADLEY_TERRY, NUMBER)  # the scales whose zero is a reference
+WRONG = (PROBABILITY, VERDICT)  # the scales that have an error rate
 ZERO = {LOG_ODDS: 0.0, PROBABILITY: 0.5, VERDICT: 0.5}  # of the others: where good and bad are equally likely
 
 

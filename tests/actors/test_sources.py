@@ -9,10 +9,12 @@ import ray
 import torch
 
 from actors.stages.align import Align
+from actors.stages.base_samples import BaseSamples
 from actors.stages.baseline import Baseline
 from actors.stages.held_out import CALIBRATION, CURVE
 from actors.stages.reward_models import RewardModels
 from rlhf.data.preferences import load_preferences
+from rlhf.evaluate.record import load_samples
 from rlhf.learn.tokenise import held_out_pairs
 from rlhf.models.reward import RewardScorer
 from rlhf.types import prompt_id
@@ -69,6 +71,7 @@ def test_sources_of_all_kinds_in_one_pool(jobs, module, tmp_path):
         "+source@reward_models.armo=classifier", f"reward_models.armo.path={labels}",
         "+reward_models.armo.heads={kind: 0, curt: {label: 2, reference: mean}}",
         *function("words", "number", module), *function("tea", "verdict", module),
+        *(part.replace("reward_models", "evaluators") for part in function("tea", "verdict", module)),
         apart=True, bare=True,
     )  # fmt: skip
     names = ["helpful", "harmless", "kind", "curt", "words", "tea"]
@@ -89,6 +92,11 @@ def test_sources_of_all_kinds_in_one_pool(jobs, module, tmp_path):
     np.testing.assert_array_equal(statistics.absent("tea", ids), lock)
     summary = json.loads((stages.of(Baseline).statistics_path.parent / "summary.json").read_text())
     assert summary["references"]["tea"]["absent"] == 1
+    base = load_samples(
+        stages.of(BaseSamples).path(job)
+    )  # by an evaluator that does not apply to all prompts
+    locked = np.array(["lock" in p[-1]["content"] for p in base.prompts])
+    np.testing.assert_array_equal(np.isnan(base.evaluated["tea"]).all(1), locked)
     utility = stages.of(Align).utility
     references = {
         n: statistics.reference(n, found.prompt_ids, r, 256) for n, r in stages.of(Baseline).rules.items()

@@ -148,6 +148,31 @@ def test_a_reference_is_made_once_and_stays(server):
         assert np.ptp([found["raw"][key][0] for found in every]) < 1e-5
 
 
+def test_the_same_prompt_with_other_columns_has_its_own_reference(server):
+    """The first that asks decides nothing for others."""
+    prompt = "do the lock and the bread make tea ?"
+    one = {"prompt": prompt, "responses": ["yes"]}
+    body = {"conversations": [one, one | {"columns": {"label": "es"}}, one | {"columns": {"label": "no"}}]}
+    for _ in range(2):
+        plain, one, other = server.post("/v1/rewards", body).json()["results"]
+        assert [r["raw"]["right"] for r in (plain, one, other)] == [[None], [1.0], [0.0]]
+        assert all(np.isfinite(r["combined"][0]) for r in (plain, one, other))
+
+
+def test_an_estimator_that_dies_is_filled_again(server):
+    body = {"conversations": [{"prompt": PROMPT, "responses": ["yes"]}]}
+    before = server.post("/v1/rewards", body).json()["results"][0]
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    (estimator,) = [c for c in children if "BaselineEstimator" in " ".join(c.cmdline())]
+    estimator.kill()
+    end = time.monotonic() + 60
+    while (answer := server.post("/v1/rewards", body)).status_code != 200:
+        assert answer.status_code == 503
+        assert time.monotonic() < end
+    after = answer.json()["results"][0]
+    assert after["combined"] == pytest.approx(before["combined"], abs=1e-5)
+
+
 def test_openrlhfs_sequence(server):
     """As its executor posts it: one text at a time, without headers, then whole batches."""
     url = f"{server.url}/get_reward?token={TOKEN}"

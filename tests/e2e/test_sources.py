@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.evaluate.record import load_samples
 from rlhf.models.reward import RewardScorer
 from tests.e2e.command import rlhf
-from tests.servers import transformers_serve
+from tests.servers import free_port, transformers_serve
 from tests.tiny import WORDS, save_policy, save_reward_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300, method="signal")]
@@ -127,19 +127,33 @@ def test_one_expression_of_three_kinds_end_to_end(judge, tmp_path):
     assert any("absent/within" in step for step in steps)
 
 
-def test_a_verifier_that_fails_ends_the_run_with_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        (
+            "function reward_models.rule.path=verifier.py:f reward_models.rule.scale=verdict",
+            r"error: reward source 'rule' \(verifier.py:f\) raised ZeroDivisionError: division by zero for prompt "
+            r"'what .* \?', response '.*' \(in reward-rule\)",
+        ),
+        (
+            "http reward_models.rule.url=http://127.0.0.1:PORT/get_reward reward_models.rule.protocol=openrlhf "
+            "reward_models.rule.scale=log_odds reward_models.rule.retries=1 reward_models.rule.backoff=0.1",
+            r"error: reward source 'rule' \(http://127.0.0.1:PORT/get_reward\) gave no answer: Connection refused, "
+            r"after 2 tries in 0 s; is it running\? \(in reward-rule\)",
+        ),
+    ],
+    ids=["a function that raises", "a server that is not there"],
+)
+def test_a_source_that_fails_ends_the_run_with_one_line(tmp_path, source, line):
+    port = str(free_port())
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "what {w} ?"}}\n' for w in WORDS[:8]))
     (tmp_path / "verifier.py").write_text("def f(completions): return [1 / 0 for c in completions]\n")
     policy = save_policy(tmp_path / "policy")
     done = rlhf(
         "data=files", f"data.prompts={tmp_path}/prompts.jsonl", "data.eval_size=2", f"policy.path={policy}",
-        "reward_models=none", "+source@reward_models.rule=function", "reward_models.rule.path=verifier.py:f",
-        "reward_models.rule.scale=verdict", "rollout.max_new_tokens=8", "rollout.prompts_per_item=2",
-        "align.prompts_per_step=4", "stages=[baseline]", f"output_dir={tmp_path}/out", cwd=tmp_path,
+        "reward_models=none", *f"+source@reward_models.rule={source.replace('PORT', port)}".split(),
+        "rollout.max_new_tokens=8", "rollout.prompts_per_item=2", "align.prompts_per_step=4", "stages=[baseline]",
+        f"output_dir={tmp_path}/out", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
-    assert re.match(
-        r"error: reward source 'rule' \(verifier.py:f\) raised ZeroDivisionError: division by zero for prompt "
-        r"'what .* \?', response '.*' \(in reward-rule\)$",
-        done.stderr.splitlines()[-1],
-    ), done.stderr[-2000:]
+    assert re.fullmatch(line.replace("PORT", port), done.stderr.splitlines()[-1]), done.stderr[-2000:]

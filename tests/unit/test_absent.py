@@ -136,6 +136,12 @@ def test_without_the_prompt_a_property_is_what_it_is_with_it():
         assert whole[key]["safe"] == part[key]["safe"]
 
 
+def test_a_prompt_to_which_nothing_applies_wins_nothing():
+    gone = samples([[0, 1], [1, 2], [NAN, NAN]], [[0, -1], [0, 0], [NAN, NAN]])
+    found = win_rates(gone, gone)
+    assert found["win_rate"]["joint"]["base"] == pytest.approx((0 + 1) / 2)
+
+
 def test_a_property_that_applies_to_no_prompt_is_refused():
     gone = {"help": BASE.judged["help"], "safe": np.full((3, 2), NAN)}
     bars = {"help": BASE.judge_reference["help"], "safe": np.full(3, NAN)}

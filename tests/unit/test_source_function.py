@@ -1,6 +1,7 @@
 """A function as a reward: what it is called with, and one line for each way in which it fails."""
 
 import asyncio
+import functools
 import json
 import time
 
@@ -120,6 +121,75 @@ def test_a_function_that_hangs_ends_in_one_line(asynchronous):
         ValueError, match=r"has not returned after 0.1 s \(timeout\), for 3 responses, the first"
     ):
         opened(function, timeout=0.1).score(BATCH)
+
+
+def test_a_call_after_one_that_hung_is_answered():
+    calls = []
+
+    def once(completions, **_):
+        calls.append(1)
+        time.sleep(60 if len(calls) == 1 else 0)
+        return [1.0] * len(completions)
+
+    source = opened(once, timeout=0.2)
+    with pytest.raises(ValueError, match="has not returned"):
+        source.score(BATCH)
+    assert source.score(BATCH) == [[1.0, 1.0, 1.0]]
+
+
+def test_a_coroutine_that_blocks_ends_too():
+    async def blocks(completions, **_):
+        time.sleep(60 if completions[0] != "fine" else 0)
+        return [1.0] * len(completions)
+
+    source = opened(blocks, timeout=0.2)
+    with pytest.raises(ValueError, match=r"has not returned after 0.2 s"):
+        source.score(BATCH)
+    assert source.score(Batch(["a"], ["fine"])) == [[1.0]]
+
+
+def test_a_function_that_gives_up_by_itself_is_told_as_it_says():
+    def gives_up(**_):
+        raise TimeoutError("the sandbox is busy")
+
+    with pytest.raises(ValueError, match="raised TimeoutError: the sandbox is busy for prompt"):
+        opened(gives_up).score(BATCH)
+
+
+def test_columns_do_not_replace_what_every_function_is_given():
+    batch = Batch(["a"], ["b"], columns={"completions": ["x"], "tolerance": [9]})
+    opened(lambda **given: [SEEN.update(given) or 1.0], tolerance=3).score(batch)
+    assert (SEEN["completions"], SEEN["tolerance"]) == (["b"], 3)
+
+
+def test_numbers_beyond_float32_are_refused():
+    with pytest.raises(ValueError, match=r"returned 1e\+39 for prompt"):
+        opened(lambda **_: [1e39, 0, 0]).score(BATCH)
+
+
+class Callable:
+    def __call__(self, completions, **_):
+        return [0.0] * len(completions)
+
+
+an_object, a_part = Callable(), functools.partial(exact, answer=["5"])
+
+
+@pytest.mark.parametrize("name", ["an_object", "a_part"])
+def test_whatever_can_be_called_serves(name):
+    found = source(f"tests.unit.test_source_function:{name}")
+    json.dumps(found.identity())
+    assert found.open("rule", Place()).score(Batch(["a"], ["b"])) == [[0.0]]
+
+
+def test_texts_that_were_not_sampled_have_no_tokens():
+    found = source("rlhf.penalties:overlong", arguments={"limit": 9, "buffer": 3}, scale="number")
+    with pytest.raises(ValueError, match="takes 'completion_ids', which texts that are not sampled here"):
+        found.check_texts(KEY, pairs=False)
+    own = source("tests.unit.test_source_function:exact")
+    own.check_texts(KEY, pairs=False)
+    with pytest.raises(ValueError, match="takes 'answer', which pairs to calibrate on do not have"):
+        own.check_texts(KEY, pairs=True)
 
 
 def test_nothing_to_score_calls_nothing():

@@ -147,7 +147,9 @@ def test_identity_is_of_what_rewards_depend_on(tmp_path):
         timeout=1.0, retries=0, backoff=9.0, concurrency=1, batch_size=1, token_env="T"
     )
     assert identity() != identity(extra={"use_activation": False})
-    assert source(url="http://me:word@host/x?key=1").identity()["url"] == "http://***@host/x?***"
+    assert identity() == source(url="http://me:word@host/x").identity()
+    assert identity() != source(url="http://host/x?model=other").identity()
+    assert "word" not in str(source(url="http://me:word@host/x?key=1").identity())
     path = tmp_path / "chat.jinja"
     path.write_text("{{ messages }}")
     before = identity(chat_template=str(path))

@@ -47,6 +47,11 @@ def names(tmp_path_factory):
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
+        (
+            "reward_models.helpful.held_out=0.1",
+            {"reward_names", "baseline_name", "align_name", "base_samples_name", "evaluate_name"},
+        ),
+        ("utility.calibrated=false", {"align_name", "evaluate_name"}),
         ("reward_models.harmless.canned=[No.]", {"baseline_name", "align_name", "evaluate_name"}),
         ("baseline.samples=8", {"baseline_name", "align_name", "evaluate_name"}),
         ("baseline.level=0.5", {"align_name", "evaluate_name"}),
@@ -109,3 +114,26 @@ def test_a_change_in_any_of_several_files_changes_the_names(tmp_path):
     assert [a != b for a, b in zip(first, changed, strict=True)] == [True, True, True]
     assert [a != b for a, b in zip(changed, more, strict=True)] == [False, True, True]
     assert more[1]["harmless"] == first[1]["harmless"]
+
+
+def test_columns_that_a_source_reads_change_the_names(tmp_path):
+    """The prompts are the same; what is right of them is not."""
+    (tmp_path / "rule.py").write_text(
+        "def right(completions, answer, **_): return [c == a for c, a in zip(completions, answer)]\n"
+    )
+
+    def of(answer: str, *overrides: str) -> dict[str, object]:
+        rows = [{"prompt": f"{word} ?", "answer": answer} for word in ("a", "b", "c")]
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files = ["data=files", f"data.prompts={tmp_path}/prompts.jsonl", "data.eval_size=1", "policy.path=p"]
+        made = config(*files, "reward_models.helpful.path=h", "reward_models.harmless.path=s", *overrides)
+        store = Store(tmp_path / "store")
+        return names_of(Stages(made, prepare(made, store), store))
+
+    rule = ["+source@reward_models.rule=function", f"reward_models.rule.path={tmp_path}/rule.py:right",
+            "reward_models.rule.scale=verdict"]  # fmt: skip
+    assert of("x") == of("y")
+    before, after = of("x", *rule), of("y", *rule)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"reward_names", "baseline_name", "align_name", "base_samples_name", "evaluate_name"}
+    assert before["reward_names"]["helpful"] == after["reward_names"]["helpful"]
