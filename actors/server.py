@@ -257,7 +257,7 @@ class PoolScorer:
                 asked.number >> 2,
                 (asked.content,),
                 served.samples,
-                seed_of(served.seed, "serve", asked.number),
+                seed_of(served.seed, "serve", prompt_id(asked.content)),  # the same, whatever the columns
             )
             generate = served.generator.generate.options(num_returns=2)
             rollouts, summary = generate.remote(item)

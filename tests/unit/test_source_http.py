@@ -244,11 +244,12 @@ def test_rlhf_sends_the_responses_of_a_prompt_together():
             4.0,
         ]
     assert server.bodies[0] == {
+        "raw_only": True,
         "conversations": [
             {"prompt": HELLO, "responses": ["a", "bb"], "columns": {"skip": False, "n": 0}},
             {"prompt": "Plain", "responses": ["ccc", "dddd"], "columns": {"skip": False, "n": 1}},
             {"prompt": "Plain", "responses": ["e"], "columns": {"skip": True, "n": 2}},
-        ]
+        ],
     }
     assert sorted(len(body["conversations"]) for body in server.bodies[1:]) == [2, 2]
 
