@@ -64,7 +64,7 @@ def serve_rewards(job: Job, folder: Path) -> None:
     job.roles.http = HTTPOptions(
         host=settings.host, port=settings.port, request_timeout_s=settings.timeout + SLACK
     )
-    job.execute()
+    job.make_all()
     with orderly(settings.drain, "requests under way are answered") as asked:
         pool = job.roles.rewards
         served = _served(job, pool)

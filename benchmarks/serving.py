@@ -46,7 +46,7 @@ class Server:
             *(f"reward_models.{n}.path={world / n}" for n in ("rm0", "rm1")),
             *(f"reward_models.{n}.reference=constant" for n in ("rm0", "rm1")),
             f"serve.port={self.port}", "serve.token_env=RLHF_SERVE_TOKEN", f"resources.reward.count={replicas}",
-            "resources.reward.cpus=0.4", f"output_dir={world / 'out'}", "logging.live=plain",
+            "resources.reward.cpus=0.2", f"output_dir={world / 'out'}", "logging.live=plain",
         ]  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rlhf", *given],

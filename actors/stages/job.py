@@ -37,13 +37,18 @@ class Job:
         self._restarts = Restarts(recovery.restarts, recovery.backoff, restarts_before())
 
     def execute(self) -> None:
+        """The stages, and the run's folder with links to what they made."""
+        self.make_all()
+        for name, path in self.stages.links().items():
+            link(self.run / name, path)
+
+    def make_all(self) -> None:
+        """The stages."""
         self.seconds["start"] = time.perf_counter() - self._started
         for stage in self.stages.configured():
             started = time.perf_counter()
             stage.execute(self)
             self.seconds[stage.name] = time.perf_counter() - started
-        for name, path in self.stages.links().items():
-            link(self.run / name, path)
 
     @property
     def total(self) -> float:

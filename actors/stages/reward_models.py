@@ -137,6 +137,11 @@ class RewardModels(Stage):
         files |= {n: self.made(output) / CALIBRATION for n, output in self._calibrated.items()}
         found = {n: json.loads(file.read_text()) for n, file in files.items() if file.is_file()}
         for name, calibration in found.items():
+            if (
+                not isinstance(calibration, dict)
+                or not {"temperature", "before", "after"} <= calibration.keys()
+            ):
+                raise ValueError(f"{files[name]} is no calibration that was written here: remove it")
             curve = files[name].with_name(CURVE)
             if curve.is_file():
                 calibration["curve"] = json.loads(curve.read_text())

@@ -102,7 +102,9 @@ class Source:
     ranges: ClassVar[Mapping[str, Range]] = COMMON_RANGES  # of all numbers: a kind adds its own
     data_keys: ClassVar[tuple[str, ...]] = ("calibration",)  # of its keys, those that name data sets
     reads_columns: ClassVar[bool] = False  # whether it is given the columns of the prompts' data set
-    uses_device: ClassVar[bool] = False  # whether a replica gets `resources.reward` (else a share of a CPU)
+    uses_device: ClassVar[bool] = (
+        False  # whether it is a model, which computes on the GPUs of `resources.reward`
+    )
 
     def names(self, name: str) -> dict[str, Source]:
         """The rewards that the source called `name` gives, in order, each with its settings."""
