@@ -38,9 +38,14 @@ def _check_names(config: Config, data: RunData) -> None:
     name = config.algorithm.advantage
     if name not in ADVANTAGES:
         raise ValueError(f"algorithm.advantage={name} is not one of {', '.join(sorted(ADVANTAGES))}")
-    for own in rewards_of(config.reward_models).values():
+    for reward, own in rewards_of(config.reward_models).items():
         if own.reference == "column":
             data.column(own.column)
+        if own.temperature is not None and not config.utility.calibrated:
+            log.warning(
+                "reward_models.%s.temperature has no effect: utility.calibrated=false leaves rewards as they are",
+                reward,
+            )
     known = config.baseline.known
     if known is not None and not Path(known).is_file():
         raise ValueError(f"baseline.known={known} is not a file; give the statistics.npz of an earlier run")
