@@ -92,10 +92,7 @@ class BaselineEstimator:
 
     def _add(self, models: Sequence[str], ids: np.ndarray, raw: np.ndarray, item: tuple[str, int]) -> None:
         for column, model in enumerate(models):
-            applies = ~np.isnan(raw[:, column])
-            self._statistics.add_samples(model, ids[applies], raw[applies, column], item)
-            if not applies.all():
-                self._statistics.add_absent(model, ids[~applies], item)
+            self._statistics.add_scores(model, ids, raw[:, column], item)
 
     def update_canned(
         self, model: str, prompt_ids: np.ndarray, rewards: np.ndarray, item: tuple[str, int]

@@ -86,11 +86,7 @@ class Evaluation:
     def _fill(
         self, statistics: BaselineStatistics, name: str, rule: ReferenceRule, scores: np.ndarray
     ) -> None:
-        ids, flat = np.repeat(self.ids, scores.shape[1]), scores.ravel()
-        applies = ~np.isnan(flat)
-        statistics.add_samples(name, ids[applies], flat[applies], 0)
-        if not applies.all():
-            statistics.add_absent(name, ids[~applies], 0)
+        statistics.add_scores(name, np.repeat(self.ids, scores.shape[1]), scores.ravel(), 0)
         own = rewards_of(self._config.evaluators)[name]
         contents = [p.content for p in self._prompts]
         for i, canned in enumerate(own.canned if rule.kind == "canned" else []):

@@ -25,7 +25,8 @@ from actors.session import Session
 from actors.signals import Ended, deaf, end_by_signals, leave
 from actors.sweep import Sweep
 from rlhf.config import Config
-from rlhf.config_checks import to_serve, typed
+from rlhf.config_checks import typed
+from rlhf.config_serving import to_serve
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "conf"
 _serving = False  # whether the command is `rlhf serve`

@@ -303,7 +303,10 @@ class RewardPool:
 
     def latest_notes(self) -> list[str]:
         """What there is to tell of how sources were called, by now."""
-        return self._handle.notes.remote().result(timeout_s=self._silence)
+        try:
+            return self._handle.notes.remote().result(timeout_s=self._silence)
+        except TimeoutError:
+            raise Fault(f"the reward pool gave no answer for {self._silence:g} s") from None
 
     def _started(self, response: Any) -> ray.ObjectRef:
         """The reference of a call, once a replica has it."""

@@ -16,6 +16,7 @@ PLUMBING = {
         "config",
         "config_checks",
         "config_numbers",
+        "config_serving",
         "store",
         "files",
         "checksums",

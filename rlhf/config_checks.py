@@ -6,7 +6,6 @@ Imports neither torch nor Ray, so that a bad configuration is refused at once.
 from __future__ import annotations
 
 import itertools
-from dataclasses import MISSING, Field, fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,10 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.config import STAGES, Config
 from rlhf.config_numbers import check_numbers, check_ranges
+from rlhf.config_serving import check_alone
 from rlhf.config_types import check_type
-from rlhf.sources.kinds import source_class
 from rlhf.sources.source import Source, rewards_of
-from rlhf.utility.kinds import TRANSFORM_KINDS, check_utility
+from rlhf.sources.typed import typed_source
+from rlhf.utility.kinds import check_utility
 
 DTYPES = ("float32", "bfloat16", "auto")
 
@@ -40,61 +40,6 @@ def typed(values: DictConfig, serving: bool = False) -> Config:
         setattr(config, group, found)
     check(config, serving)
     return config
-
-
-def to_serve(config: Config) -> Config:
-    """The configuration of a server: with the stages that make what is not given, and without learners that do not
-    train."""
-    config = replace(config, evaluators={})
-    stages, learner = _stages_to_serve(config), config.resources.learner
-    trains = any(s.trains() for s in config.reward_models.values()) or (
-        "sft" in stages and config.policy.path is None
-    )
-    if not trains:
-        learner = replace(learner, cpus=0.0, gpus=0.0)
-    return replace(config, stages=stages, resources=replace(config.resources, learner=learner))
-
-
-def _stages_to_serve(config: Config) -> list[str]:
-    """Models that are not given, and the references of prompts that are."""
-    prompts = config.data.microcosm is not None or config.data.prompts is not None
-    trained = any(source.trains() for source in config.reward_models.values())
-    policy = prompts or any(s.trains() and s.own["init_from"] is None for s in config.reward_models.values())
-    chosen = {"sft": policy, "reward_models": trained or prompts, "baseline": prompts}
-    calibrated = any(own.calibration is not None for own in rewards_of(config.reward_models).values())
-    chosen["reward_models"] |= calibrated
-    return [stage for stage, wanted in chosen.items() if wanted]
-
-
-def typed_source(key: str, given: Any) -> Source:
-    """The settings of one reward source, by its kind.
-
-    Raises:
-        ValueError: a key is unknown, missing or of the wrong type, or the kind is not known; it names the key.
-    """
-    if not isinstance(given, dict):
-        raise ValueError(f"configuration key '{key}' must be a group of keys, and is {given!r}")
-    kind = source_class(key, given.get("kind"))
-    missing = [f.name for f in fields(kind) if f.name not in given and _required(f)]
-    if missing:
-        raise ValueError(
-            f"configuration key '{key}.{missing[0]}' is missing: begin with a source of conf/source, as in "
-            f"+source@{key}={given['kind']}"
-        )
-    try:
-        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
-    except (OmegaConfBaseException, OverflowError) as error:
-        place = getattr(error, "full_key", None)
-        raise ValueError(
-            f"configuration key '{key}{f'.{place}' if place else ''}': {str(error).splitlines()[0]}"
-        ) from None
-    check_type(key, found, kind)
-    assert isinstance(found, Source)
-    return found
-
-
-def _required(field: Field) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _misfit(values: DictConfig) -> str:
@@ -332,24 +277,6 @@ def _check_sources(config: Config) -> None:
         )
 
 
-def _check_alone(config: Config) -> None:
-    """Of a server without prompts of its own: what it may have to sample, and what it cannot know."""
-    transform = config.utility.transform
-    kind = TRANSFORM_KINDS.get(transform)
-    rules = [own.rule(0.5, "empirical") for own in rewards_of(config.reward_models).values()]
-    sampled = any(rule.sampled for rule in rules) or (kind is not None and kind.needs_base)
-    _refuse(
-        sampled and config.serve.unseen == "sample" and config.policy.path is None,
-        "give policy.path: references of prompts that clients bring are made of its samples (or set "
-        "serve.unseen=refuse, and other references)",
-    )
-    _refuse(
-        transform == "zscore_global",
-        "utility.transform=zscore_global compares with all prompts of a data set: give data.prompts, or another "
-        "transform",
-    )
-
-
 def _check_inputs(config: Config, serving: bool) -> None:
     data, policy, models = config.data, config.policy, config.reward_models
     _refuse(not models, "reward_models is empty: give at least one")
@@ -357,7 +284,7 @@ def _check_inputs(config: Config, serving: bool) -> None:
     if data.microcosm is None:
         alone = serving and data.prompts is None
         if alone:
-            _check_alone(config)
+            check_alone(config)
         _refuse(
             data.prompts is None and not serving,
             "data.prompts is missing: give a JSONL, CSV or Parquet file, or a hub name",

@@ -81,6 +81,13 @@ class BaselineStatistics:
         and such a prompt has no reference (NaN)."""
         return self._add(ABSENT, model, prompt_ids, np.zeros(len(prompt_ids), np.float32), item)
 
+    def add_scores(self, model: str, prompt_ids: np.ndarray, scores: np.ndarray, item: Item) -> None:
+        """As `add_samples` and `add_absent`: scores, float32 [B], are NaN where the reward does not apply."""
+        applies = ~np.isnan(scores)
+        self.add_samples(model, prompt_ids[applies], scores[applies], item)
+        if not applies.all():
+            self.add_absent(model, prompt_ids[~applies], item)
+
     def absent(self, model: str, prompt_ids: np.ndarray) -> np.ndarray:
         """Which prompts the reward does not apply to, bool [B].
 
