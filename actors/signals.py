@@ -85,7 +85,7 @@ def orderly(
 def leave(number: int) -> None:
     """Exits by a signal: with the processes that were started, and without waiting for threads, Ray's among them."""
     sys.stderr.write(f"error: ended by {signal.Signals(number).name}\n")
-    sys.stderr.flush()
+    _say_no_more()
     _kill_children()
     os._exit(128 + number)
 
@@ -134,6 +134,15 @@ def _next(heard: int, ours: list[signal.Signals], seconds: float | None) -> int 
         number = os.read(heard, 1)[0]
         if number in ours:
             return number
+
+
+def _say_no_more() -> None:
+    """Ray's threads in this process would still tell that the processes they talk to have died."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
 
 
 def _kill_children() -> None:
