@@ -1,22 +1,25 @@
-"""Who moves when one reward changes its unit: the helpful reward model of the embedded world times 1/4, 1 and 4, every
-arm trained to two KLs, five seeds.
+"""Who moves when one reward changes its unit: the helpful reward model of the embedded world times 1/4, 1 and 4, five
+seeds, every arm at the same KL.
 
     python -m benchmarks.units                      hours on two cores; run again, it goes on where it stopped
     python -m benchmarks.units --seeds 0 --experiment study_quick    a seed, in little
 
 A scaled model is the trained one with its head, and so its temperature, multiplied: the same preferences in another
-unit. The KL coefficient starts from the arm's own and is adapted to the two targets (algorithm.kl_target), so that
-nothing is tuned. The joint win rate, by the judge that knows the truth, is that at 2 nats, on straight lines through
-the base policy and the two measured points; a seed of an arm that did not come so far is told of, and left out.
+unit. The coefficients of an arm are searched, for every seed and scale, until one run ends a little below 2 nats and one
+a little above (`wanted`): only the measured KL decides, nothing else is tuned. The joint win rate, by the judge that
+knows the truth, is that at 2 nats, on the straight line between the two; a seed of an arm that does not come so far is
+told of, and left out.
 
-Writes benchmarks/units.json: {"joint": {arm: {scale: {"mean", "low", "high", "seeds"}}}, "moves": {arm: ...}}, shares
-with 95 % t-intervals over seeds; an arm moves by the greatest difference between two scales, of each seed.
+Writes benchmarks/units.json: {"joint": {arm: {scale: {"mean", "low", "high", "seeds"}}}, "moves": {arm: ...}}, and
+"helpful" and "harmless" as "joint": shares with 95 % t-intervals over seeds. An arm moves by the greatest difference of
+joint between two scales, of each seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -31,16 +34,57 @@ from rlhf.evaluate.equal_kl import Curve
 
 ARMS = ("lsc_calibrated", "lsc", "linear", "zscore", "par", "gdpo")
 SCALES = (0.25, 1.0, 4.0)
-TARGETS = {"weak": 1.5, "medium": 3.0}  # nats a response, by point of the arm's coefficients
+METRICS = ("joint", "helpful", "harmless")
 EQUAL = 2.0  # nats a response
-HORIZON = 128  # responses over which the coefficient is adapted: one step
+BELOW, ABOVE = (1.2, 2.0), (2.0, 3.2)  # nats between which a run must end to be of use
+AIMS = (1.6, 2.5)  # nats, in these
+MOST = 6  # runs of an arm in a seed and scale
+FALL = 0.7  # of log KL by log coefficient, until two runs tell
 FILE = Path(__file__).with_name("units.json")
 
+Point = tuple[float, float]
+"""KL coefficient and the KL that its run ended with, nats a response."""
 
-def rlhf(*overrides: str) -> None:
-    targets = {f"UNITS_{point}": f"{kl}" for point, kl in TARGETS.items()}
+
+def wanted(points: Sequence[Point], fall: float = FALL) -> float | None:
+    """The coefficient to be tried next; None: there is a run on either side of EQUAL, or there are enough.
+
+    >>> wanted([(0.4, 2.4), (0.7, 1.5)]) is None
+    True
+    >>> round(wanted([(0.4, 3.2)]), 2)  # one below is wanted next
+    1.08
+    """
+    low = any(BELOW[0] <= kl <= BELOW[1] for _, kl in points)
+    high = any(ABOVE[0] <= kl <= ABOVE[1] for _, kl in points)
+    if (low and high) or len(points) >= MOST:
+        return None
+    return coefficient(points, AIMS[low], fall)
+
+
+def coefficient(points: Sequence[Point], aim: float, fall: float = FALL) -> float:
+    """Where a run would end with a KL of `aim`: on the line, log by log, through the two runs nearest to it, or of the
+    slope `-fall` through the only one."""
+    (value, kl), *others = nearest(points, aim)
+    if others:
+        fall = falls(points, aim)
+    return value * min(max(max(kl, 0.01) / aim, 0.05), 20.0) ** (1 / fall)
+
+
+def falls(points: Sequence[Point], aim: float = EQUAL) -> float:
+    """How log KL falls by log coefficient around a KL; FALL where one run cannot tell."""
+    if len(near := nearest(points, aim)) < 2 or near[0][0] == near[1][0]:
+        return FALL
+    (c, kl), (other, further) = near
+    return min(max(-math.log(max(further, 0.01) / max(kl, 0.01)) / math.log(other / c), 0.4), 2.5)
+
+
+def nearest(points: Sequence[Point], aim: float) -> list[Point]:
+    return sorted(points, key=lambda point: abs(math.log(max(point[1], 0.01) / aim)))[:2]
+
+
+def rlhf(*overrides: str, **environment: str) -> None:
     command = [sys.executable, "-m", "rlhf", *overrides]
-    if subprocess.run(command, env=os.environ | targets, check=False).returncode:
+    if subprocess.run(command, env=os.environ | environment, check=False).returncode:
         raise SystemExit(f"error: {' '.join(command)} failed")
 
 
@@ -62,38 +106,83 @@ def scaled(model: Path, folder: Path, scale: float) -> None:
     beside.rename(folder)
 
 
-def train(seed: int, output: Path, overrides: Sequence[str]) -> dict[float, list[dict[str, Any]]]:
-    """Figures of all cells of a seed, by scale."""
-    common = [f"output_dir={output}", *overrides]
+def medium(arm: str) -> float:
+    """The coefficient to begin with: that of the study."""
+    from omegaconf import OmegaConf
+
+    path = FILE.parents[1] / "conf" / "arm" / f"{arm}.yaml"
+    return float(OmegaConf.to_container(OmegaConf.load(path), resolve=False)["study"]["kl_coefs"]["medium"])
+
+
+class Search:
+    """The runs of a seed and scale, kept in a file: {arm: [figures with "coefficient"]}."""
+
+    def __init__(self, folder: Path, scale: float) -> None:
+        self._path, self._scale = folder / f"figures-{scale:g}.json", f"{scale:g}"
+        self.figures: dict[str, list[dict[str, Any]]] = (
+            json.loads(self._path.read_text()) if self._path.exists() else {arm: [] for arm in ARMS}
+        )
+
+    def points(self, arm: str) -> list[Point]:
+        return [(f["coefficient"], math.inf if f["diverged"] else f["kl"]) for f in self.figures[arm]]
+
+    def run(self, common: Sequence[str], coefficients: Mapping[str, float], sweep: Path) -> None:
+        """One run of each arm."""
+        shutil.rmtree(sweep, ignore_errors=True)
+        rlhf(
+            *common, f"arm={','.join(coefficients)}", "study.point=medium", f"hydra.sweep.dir={sweep}",
+            "align.kl_coef='${oc.decode:${oc.env:UNITS_${study.arm}}}'",
+            **{f"UNITS_{arm}": repr(value) for arm, value in coefficients.items()},
+        )  # fmt: skip
+        for figures in json.loads((sweep / "summary.json").read_text())["figures"]:
+            if (arm := figures["arm"]) in coefficients:
+                self.figures[arm].append({**figures, "coefficient": coefficients[arm]})
+        self._path.write_text(json.dumps(self.figures))
+        for arm in coefficients:
+            told = "  ".join(f"{c:.3g}: {kl:.2f} nats" for c, kl in self.points(arm))
+            print(f"{arm} times {self._scale}: {told}", flush=True)
+
+
+def train(
+    seed: int, output: Path, overrides: Sequence[str], starts: dict[tuple[str, float], list[Point]]
+) -> dict[float, dict[str, list[dict[str, Any]]]]:
+    """Figures of all runs of a seed, by scale and arm. `starts`: the runs of the seed before, from which the first
+    coefficients are taken; this seed's on return."""
+    common = [f"output_dir={output}", *overrides, f"seed={seed}", "evaluators=none"]
     folder = output / "units" / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for scale in SCALES:
-        kept, model = folder / f"figures-{scale:g}.json", folder / f"helpful-{scale:g}"
-        if not kept.exists():
-            if not model.exists():
-                one = ["hydra.mode=RUN", "arm=lsc", "stages=[sft,reward_models]", "evaluators=none"]
-                rlhf(*common, f"seed={seed}", *one)
-                scaled((output / "latest" / "reward_models" / "helpful").resolve(), model, scale)
-            rlhf(
-                *common, f"seed={seed}", f"arm={','.join(ARMS)}", f"study.point={','.join(TARGETS)}",
-                "algorithm.kl_target='${oc.decode:${oc.env:UNITS_${study.point}}}'",
-                f"algorithm.kl_horizon={HORIZON}", f"reward_models.helpful.path={model}",
-                f"hydra.sweep.dir={folder / f'sweep-{scale:g}'}",
-            )  # fmt: skip
-            summary = json.loads((folder / f"sweep-{scale:g}" / "summary.json").read_text())
-            kept.write_text(json.dumps([f for f in summary["figures"] if f["arm"] in ARMS]))
-        found[scale] = json.loads(kept.read_text())
+        model = folder / f"helpful-{scale:g}"
+        if not model.exists():
+            rlhf(*common, "hydra.mode=RUN", "arm=lsc", "stages=[sft,reward_models]")
+            scaled((output / "latest" / "reward_models" / "helpful").resolve(), model, scale)
+        search = Search(folder, scale)
+        given = [*common, f"reward_models.helpful.path={model}"]
+        number = len(search.points(ARMS[0]))
+        while True:
+            coefficients = {}
+            for arm in ARMS:
+                points = search.points(arm)
+                before = starts[arm, scale]
+                following = wanted(points, falls(before)) if points else coefficient(before, AIMS[0])
+                if following is not None:
+                    coefficients[arm] = following
+            if not coefficients:
+                break
+            search.run(given, coefficients, folder / f"sweep-{scale:g}-{number}")
+            number += 1
+        starts.update({(arm, scale): search.points(arm) for arm in ARMS})
+        found[scale] = search.figures
     return found
 
 
-def at_equal_kl(figures: Sequence[Mapping[str, Any]], arm: str, metric: str) -> float | None:
-    """A metric of one seed and scale; None: the arm did not come so far."""
-    own = [f for f in figures if f["arm"] == arm and f["diverged"] is None]
-    points = [(f["kl"], f["values"][metric]) for f in own]
-    if not points:
+def at_equal_kl(figures: Sequence[Mapping[str, Any]], metric: str) -> float | None:
+    """A metric of one arm, seed and scale; None: the arm did not come so far."""
+    kept = [f for f in figures if f["diverged"] is None]
+    if not kept:
         return None
-    curve = Curve.through(points, own[0]["base"][metric])
+    curve = Curve.through([(f["kl"], f["values"][metric]) for f in kept], kept[0]["base"][metric])
     return curve.at(EQUAL) if curve.covers(EQUAL) else None
 
 
@@ -109,24 +198,31 @@ def interval(values: Sequence[float]) -> dict[str, float | int]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": count}
 
 
-def table(every: Mapping[int, Mapping[float, Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
-    joint: dict[str, Any] = {}
-    moves: dict[str, Any] = {}
-    for arm in ARMS:
-        by_seed = {
-            seed: [at_equal_kl(found[scale], arm, "win/gold/joint") for scale in SCALES]
-            for seed, found in every.items()
-        }
-        for seed, values in by_seed.items():
-            for scale, value in zip(SCALES, values, strict=True):
-                if value is None:
-                    print(f"{arm} times {scale:g}, seed {seed}: did not come to {EQUAL:g} nats")
-        columns = [[v for v in column if v is not None] for column in zip(*by_seed.values(), strict=True)]
-        joint[arm] = {f"{s:g}": interval(column) for s, column in zip(SCALES, columns, strict=True) if column}
-        whole = [[v for v in values if v is not None] for values in by_seed.values() if None not in values]
-        if whole:
-            moves[arm] = interval([max(values) - min(values) for values in whole])
-    return {"joint": joint, "moves": moves, "nats": EQUAL}
+def table(every: Mapping[int, Mapping[float, Mapping[str, Sequence[Mapping[str, Any]]]]]) -> dict[str, Any]:
+    result: dict[str, Any] = {"nats": EQUAL, "moves": {}}
+    for name in METRICS:
+        result[name] = {}
+        for arm in ARMS:
+            by_seed = {
+                seed: [at_equal_kl(found[scale][arm], f"win/gold/{name}") for scale in SCALES]
+                for seed, found in every.items()
+            }
+            columns = [[v for v in column if v is not None] for column in zip(*by_seed.values(), strict=True)]
+            result[name][arm] = {
+                f"{s:g}": interval(column) for s, column in zip(SCALES, columns, strict=True) if column
+            }
+            if name != METRICS[0]:
+                continue
+            for seed, values in by_seed.items():
+                for scale, value in zip(SCALES, values, strict=True):
+                    if value is None:
+                        print(f"{arm} times {scale:g}, seed {seed}: did not come to {EQUAL:g} nats")
+            whole = [
+                [v for v in values if v is not None] for values in by_seed.values() if None not in values
+            ]
+            if whole:
+                result["moves"][arm] = interval([max(values) - min(values) for values in whole])
+    return result
 
 
 def main() -> None:
@@ -138,7 +234,8 @@ def main() -> None:
     given = parser.parse_args()
     seeds = [int(seed) for seed in given.seeds.split(",")]
     overrides = [f"experiment={given.experiment}", *given.overrides]
-    every = {seed: train(seed, given.output.absolute(), overrides) for seed in seeds}
+    starts = {(arm, scale): [(medium(arm), EQUAL)] for arm in ARMS for scale in SCALES}
+    every = {seed: train(seed, given.output.absolute(), overrides, starts) for seed in seeds}
     found = table(every)
     FILE.write_text(json.dumps(found, indent=1) + "\n")
     for arm, scales in found["joint"].items():
