@@ -5,10 +5,10 @@ seeds, every arm at the same KL.
     python -m benchmarks.units --seeds 0 --experiment study_quick    a seed, in little
 
 A scaled model is the trained one with its head, and so its temperature, multiplied: the same preferences in another
-unit. The coefficients of an arm are searched, for every seed and scale, until one run ends a little below 2 nats and one
-a little above (`wanted`): only the measured KL decides, nothing else is tuned. The joint win rate, by the judge that
-knows the truth, is that at 2 nats, on the straight line between the two; a seed of an arm that does not come so far is
-told of, and left out.
+unit. The coefficients of an arm are searched, for every seed and scale, until one run ends a little below 2 nats and a
+second a little above (`wanted`): only the measured KL decides, nothing else is tuned. The joint win rate, by the judge
+that knows the truth, is that at 2 nats, on the line between the two; a seed of an arm that does not come so far is told
+of, and left out.
 
 Writes benchmarks/units.json: {"joint": {arm: {scale: {"mean", "low", "high", "seeds"}}}, "moves": {arm: ...}}, and
 "helpful" and "harmless" as "joint": shares with 95 % t-intervals over seeds. An arm moves by the greatest difference of
