@@ -8,7 +8,9 @@ A scaled model is the trained one with its head, and so its temperature, multipl
 unit. The coefficients of an arm are searched, for every seed and scale, until one run ends a little below 2 nats and a
 second a little above (`wanted`): only the measured KL decides, nothing else is tuned. The joint win rate, by the judge
 that knows the truth, is that at 2 nats, on the line between the two; a seed of an arm that does not come so far is told
-of, and left out.
+of, and left out. The scales are powers of two, so that an arm without units computes the same numbers in all of them:
+the first seed is trained in every scale, and an arm whose runs were then equal to the last digit is trained in one
+scale afterwards.
 
 Writes benchmarks/units.json: {"joint": {arm: {scale: {"mean", "low", "high", "seeds"}}}, "moves": {arm: ...}}, and
 "helpful" and "harmless" as "joint": shares with 95 % t-intervals over seeds. An arm moves by the greatest difference of
@@ -24,7 +26,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from rlhf.evaluate.equal_kl import Curve
 
 ARMS = ("lsc_calibrated", "lsc", "linear", "zscore", "par", "gdpo")
 SCALES = (0.25, 1.0, 4.0)
+POINTS = ("medium", "weak")  # names for two coefficients
 METRICS = ("joint", "helpful", "harmless")
 EQUAL = 2.0  # nats a response
 BELOW, ABOVE = (1.2, 2.0), (2.0, 3.2)  # nats between which a run must end to be of use
@@ -106,12 +109,14 @@ def scaled(model: Path, folder: Path, scale: float) -> None:
     beside.rename(folder)
 
 
-def medium(arm: str) -> float:
-    """The coefficient to begin with: that of the study."""
+def kl_coefficients(arm: str) -> dict[str, float]:
+    """An arm's coefficients in the study, by point."""
     from omegaconf import OmegaConf
 
-    path = FILE.parents[1] / "conf" / "arm" / f"{arm}.yaml"
-    return float(OmegaConf.to_container(OmegaConf.load(path), resolve=False)["study"]["kl_coefs"]["medium"])
+    loaded = OmegaConf.to_container(
+        OmegaConf.load(FILE.parents[1] / "conf" / "arm" / f"{arm}.yaml"), resolve=False
+    )
+    return loaded["study"]["kl_coefs"]
 
 
 class Search:
@@ -126,48 +131,80 @@ class Search:
     def points(self, arm: str) -> list[Point]:
         return [(f["coefficient"], math.inf if f["diverged"] else f["kl"]) for f in self.figures[arm]]
 
-    def run(self, common: Sequence[str], coefficients: Mapping[str, float], sweep: Path) -> None:
-        """One run of each arm."""
+    def run(self, common: Sequence[str], coefficients: Mapping[str, Sequence[float]], sweep: Path) -> None:
+        """Runs of each arm, as many as the others'."""
+        points = POINTS[: len(next(iter(coefficients.values())))]
+        names = dict(enumerate(kl_coefficients(next(iter(coefficients)))))  # of points, by their numbers
+        cells = {
+            (arm, point): c for arm, own in coefficients.items() for point, c in zip(points, own, strict=True)
+        }
         shutil.rmtree(sweep, ignore_errors=True)
         rlhf(
-            *common, f"arm={','.join(coefficients)}", "study.point=medium", f"hydra.sweep.dir={sweep}",
-            "align.kl_coef='${oc.decode:${oc.env:UNITS_${study.arm}}}'",
-            **{f"UNITS_{arm}": repr(value) for arm, value in coefficients.items()},
+            *common, f"arm={','.join(coefficients)}", f"study.point={','.join(points)}", f"hydra.sweep.dir={sweep}",
+            "align.kl_coef='${oc.decode:${oc.env:UNITS_${study.arm}_${study.point}}}'",
+            **{f"UNITS_{arm}_{point}": repr(value) for (arm, point), value in cells.items()},
         )  # fmt: skip
         for figures in json.loads((sweep / "summary.json").read_text())["figures"]:
-            if (arm := figures["arm"]) in coefficients:
-                self.figures[arm].append({**figures, "coefficient": coefficients[arm]})
-        self._path.write_text(json.dumps(self.figures))
+            if (cell := (figures["arm"], names[figures["point"]])) in cells:
+                self.figures[cell[0]].append({**figures, "coefficient": cells[cell]})
+        self.keep()
         for arm in coefficients:
             told = "  ".join(f"{c:.3g}: {kl:.2f} nats" for c, kl in self.points(arm))
             print(f"{arm} times {self._scale}: {told}", flush=True)
 
+    def keep(self) -> None:
+        self._path.write_text(json.dumps(self.figures))
+
+
+def seen(figures: Mapping[str, Any]) -> dict[str, float]:
+    """What of a run has no unit: its coefficient, and what it did to the responses."""
+    values = {k: v for k, v in figures["values"].items() if k.startswith(("win/", "hacking/"))}
+    return values | {"kl": figures["kl"], "coefficient": figures["coefficient"]}
+
+
+def unitless(found: Mapping[float, Mapping[str, Sequence[Mapping[str, Any]]]]) -> set[str]:
+    """The arms that gave the same numbers in every scale, with the same coefficient."""
+    first = {arm: [seen(by_arm[arm][0]) for by_arm in found.values()] for arm in ARMS}
+    return {arm for arm, runs in first.items() if all(run == runs[0] for run in runs)}
+
 
 def train(
-    seed: int, output: Path, overrides: Sequence[str], starts: dict[tuple[str, float], list[Point]]
+    seed: int,
+    output: Path,
+    overrides: Sequence[str],
+    starts: dict[tuple[str, float], list[Point]],
+    free: Collection[str],
 ) -> dict[float, dict[str, list[dict[str, Any]]]]:
-    """Figures of all runs of a seed, by scale and arm. `starts`: the runs of the seed before, from which the first
-    coefficients are taken; this seed's on return."""
+    """Figures of all runs of a seed, by scale and arm.
+
+    Args:
+        starts: the runs of the seed before, from which the first coefficients are taken; this seed's on return.
+        free: arms without units.
+    """
     common = [f"output_dir={output}", *overrides, f"seed={seed}", "evaluators=none"]
     folder = output / "units" / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
-    for scale in SCALES:
+    for scale in sorted(SCALES, key=lambda scale: scale != 1):
         model = folder / f"helpful-{scale:g}"
         if not model.exists():
             rlhf(*common, "hydra.mode=RUN", "arm=lsc", "stages=[sft,reward_models]")
             scaled((output / "latest" / "reward_models" / "helpful").resolve(), model, scale)
         search = Search(folder, scale)
+        if scale != 1:
+            search.figures.update({arm: found[1][arm] for arm in free})
+            search.keep()
         given = [*common, f"reward_models.helpful.path={model}"]
-        number = len(search.points(ARMS[0]))
+        number = len(list(folder.glob(f"sweep-{scale:g}-*")))
         while True:
             coefficients = {}
             for arm in ARMS:
                 points = search.points(arm)
                 before = starts[arm, scale]
-                following = wanted(points, falls(before)) if points else coefficient(before, AIMS[0])
-                if following is not None:
-                    coefficients[arm] = following
+                if not points:
+                    coefficients[arm] = [coefficient(before, aim) for aim in AIMS[: len(before)]]
+                elif (following := wanted(points, falls(before))) is not None:
+                    coefficients[arm] = [following]
             if not coefficients:
                 break
             search.run(given, coefficients, folder / f"sweep-{scale:g}-{number}")
@@ -234,8 +271,11 @@ def main() -> None:
     given = parser.parse_args()
     seeds = [int(seed) for seed in given.seeds.split(",")]
     overrides = [f"experiment={given.experiment}", *given.overrides]
-    starts = {(arm, scale): [(medium(arm), EQUAL)] for arm in ARMS for scale in SCALES}
-    every = {seed: train(seed, given.output.absolute(), overrides, starts) for seed in seeds}
+    starts = {(arm, scale): [(kl_coefficients(arm)["medium"], EQUAL)] for arm in ARMS for scale in SCALES}
+    every: dict[int, dict[float, dict[str, list[dict[str, Any]]]]] = {}
+    for seed in seeds:
+        free = unitless(every[seeds[0]]) if every else ()
+        every[seed] = train(seed, given.output.absolute(), overrides, starts, free)
     found = table(every)
     FILE.write_text(json.dumps(found, indent=1) + "\n")
     for arm, scales in found["joint"].items():
