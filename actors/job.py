@@ -100,11 +100,13 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     Raises:
         ValueError: what the user gave cannot work; most of it is found before Ray starts.
     """
-    from actors.preflight import preflight
+    from actors.preflight import check_outlets, preflight
     from actors.resources import check_port
+    from actors.stages.align import Align
     from actors.stages.stage import Stages
     from rlhf.files import link, write_atomic
     from rlhf.progress import View
+    from rlhf.publish.hub import push
     from rlhf.shown import redacted
     from rlhf.store import Store
     from rlhf.versions import versions
@@ -122,6 +124,8 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
         check_port("serve.port", config.serve.port, config.serve.host)
         config = to_serve(config)
     stages = Stages(config, preflight(config, store, _serving), store)
+    if not _serving:
+        check_outlets(stages, view.line)
     if _serving or not stages.complete():
         session.start(config)
     from actors.stages.job import Job  # seconds of imports, while Ray starts
@@ -134,3 +138,5 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     else:
         job.execute()
         link(root / "latest", folder)
+        if config.hub.repo is not None:
+            view.line(f"hub: {push(stages.of(Align).policy_path, config.hub)}")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from actors.resources import check_machine
+from actors.stages.stage import Stages
 from rlhf.config import Config
 from rlhf.data.prepare import RunData, check_lengths, prepare
+from rlhf.loggers.loggers import check_loggers
 from rlhf.models.source import trust_remote_code
+from rlhf.publish.hub import check_hub
 from rlhf.sources.source import rewards_of
 from rlhf.store import Store
 
@@ -30,6 +34,21 @@ def preflight(config: Config, store: Store, serving: bool = False) -> RunData:
     _check_policy(config, data)
     _check_sources(config, data, serving)
     return data
+
+
+def check_outlets(stages: Stages, say: Callable[[str], None]) -> None:
+    """The loggers, and the hub that the policy is pushed to.
+
+    Raises:
+        ValueError: names the key and says what to do.
+    """
+    from actors.stages.align import Align
+
+    config = stages.config
+    if {"align", "report"} & {*config.stages}:
+        check_loggers(config.logging, stages.store.root.parent, stages.of(Align).begun, say)
+    if config.hub.repo is not None:
+        check_hub(config.hub, config.stages)
 
 
 def _check_names(config: Config, data: RunData) -> None:

@@ -88,7 +88,7 @@ def configure(workload: str, world: Path, output: Path, steps: int, overrides: S
         f"align.samples_per_prompt={SAMPLES}",
         f"align.kl_coef={KL_COEF}",
         "align.learning_rate=0.0",
-        "logging={live: 'off', tensorboard: false}",
+        "logging={live: 'off', loggers: []}",
     ]
     with initialize_config_module("conf", version_base=None):
         return typed(compose("config", overrides=[*given, *overrides]))

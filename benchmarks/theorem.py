@@ -116,7 +116,7 @@ def configure(world: Path, output: Path, steps: int, samples: int, overrides: Se
         "baseline.samples=64",
         "resources.generators.count=1",
         "resources.learner.count=1",
-        "logging={live: 'off', tensorboard: false}",
+        "logging={live: 'off', loggers: []}",
     ]
     with initialize_config_module("conf", version_base=None):
         return typed(compose("config", overrides=[*given, *overrides]))

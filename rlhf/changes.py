@@ -10,6 +10,7 @@ HARMLESS = (
     "output_dir",
     "trust_remote_code",
     "logging",
+    "hub",
     "resources",
     "recovery",
     "evaluate",

@@ -224,9 +224,56 @@ class ResourcesConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Its key is in WANDB_API_KEY, or kept by `wandb login`."""
+
+    mode: str  # online | offline
+    entity: str | None  # a user or team; null: the key's own
+    group: str | None
+
+
+@dataclass
+class MlflowConfig:
+    """Its key is in MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+
+    mode: str  # online | offline
+    uri: (
+        str | None
+    )  # of a server; null: MLFLOW_TRACKING_URI. Offline sqlite:///FILE; null: mlflow.db in output_dir
+    experiment: str | None  # null: logging.project
+
+
+@dataclass
+class TrackioConfig:
+    """Its key is in HF_TOKEN, or kept by `hf auth login`; of a server in TRACKIO_WRITE_TOKEN."""
+
+    mode: str  # online | offline
+    space: str | None  # a Hugging Face Space, OWNER/NAME
+    server: str | None  # the address of a server of one's own
+    group: str | None
+
+
+@dataclass
 class LoggingConfig:
     live: str  # auto | plain | off
-    tensorboard: bool
+    loggers: list[str]  # names in rlhf.loggers.kinds or of entry points, or package.module:Class
+    project: str  # of W&B and Trackio; MLflow's experiment
+    run: str | None  # the run's name; null: that of its folder
+    tags: list[str]
+    patience: float  # seconds in which a logger has to take what is left, at the end of align and of the run
+    wandb: WandbConfig
+    mlflow: MlflowConfig
+    trackio: TrackioConfig
+    custom: dict[str, Any]  # settings of loggers of your own
+
+
+@dataclass
+class HubConfig:
+    """Where the aligned policy is pushed to. The token is in HF_TOKEN, or kept by `hf auth login`."""
+
+    repo: str | None  # OWNER/NAME; null: nowhere
+    private: bool  # of a repository that is not there yet
+    license: str | None  # of the model card; null: it says none
 
 
 @dataclass
@@ -277,5 +324,6 @@ class Config:
     resources: ResourcesConfig
     recovery: RecoveryConfig
     logging: LoggingConfig
+    hub: HubConfig
     serve: ServeConfig
     study: StudyConfig | None

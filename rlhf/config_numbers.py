@@ -128,6 +128,7 @@ RANGES: dict[type, dict[str, Range]] = {
     c.DeepSpeedConfig: {"zero_stage": Range(0, 3), "micro_batch_tokens": POSITIVE},
     c.RoleConfig: {"count": POSITIVE, "cpus": Range(0, whole=True), "gpus": Range(0, whole=True)},
     c.ResourcesConfig: {"max_reward_replicas": POSITIVE, "master_port": PORT, "dashboard_port": PORT},
+    c.LoggingConfig: {"patience": POSITIVE},
     c.ServeConfig: {
         "port": PORT,
         "max_body": POSITIVE,

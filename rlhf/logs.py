@@ -1,4 +1,4 @@
-"""Metrics on disk: one JSON line a step, and TensorBoard."""
+"""Metrics on disk: one JSON line a step. They are the record of a run; loggers (`rlhf/loggers`) have copies."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Writes metrics to `folder/metrics.jsonl` and, if asked, to TensorBoard event files beside it.
+    """Writes metrics to `folder/metrics.jsonl`.
 
     It goes on after `steps` steps of those that are there; later ones, of a history that was set back, are cut off.
 
@@ -20,22 +20,13 @@ class MetricsWriter:
         ValueError: the file has less steps than that.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, steps: int = 0) -> None:
+    def __init__(self, folder: Path, steps: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = go_on(folder / METRICS, steps)
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
 
-            # what a board has of later steps it then leaves out
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1 if steps else None)
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, metrics: Mapping[str, float]) -> None:
         self._file.write(json.dumps(dict(metrics)) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for key, value in metrics.items():
-                self._board.add_scalar(key, value, step)
 
     def sync(self) -> None:
         """Returns when all is on the disk."""
@@ -43,8 +34,6 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def go_on(path: Path, lines: int) -> TextIO:
@@ -58,4 +47,8 @@ def go_on(path: Path, lines: int) -> TextIO:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return [read_row(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def read_row(line: str) -> dict[str, float]:
+    return json.loads(line)

@@ -22,6 +22,7 @@ from rlhf.checkpoints import Checkpoint, Checkpoints, read
 from rlhf.code import code_version
 from rlhf.flow.history import FILE as HISTORY
 from rlhf.flow.history import copy_until
+from rlhf.loggers.logger import KEPT, Run
 from rlhf.logs import METRICS
 from rlhf.shown import redacted_values
 from rlhf.sources.source import rewards_of
@@ -112,6 +113,13 @@ class Align(Stage):
         return self.made(self._output)
 
     @property
+    def begun(self) -> bool:
+        """Whether there is something of it, finished or not."""
+        output = self._output
+        unfinished = self.store.unfinished(output.kind, output.name) / CHECKPOINTS
+        return self.done or Checkpoints(unfinished, 1).newest_unread() is not None
+
+    @property
     def policy_path(self) -> Path:
         """The aligned policy."""
         return self.path / "policy"
@@ -160,6 +168,7 @@ class Align(Stage):
         """The checkpoint to go on from; None: there is none."""
         if self.config.align.checkpoint.resume == "never" and not self._tried:
             checkpoints.back_to(-1)
+            shutil.rmtree(folder / KEPT, ignore_errors=True)  # for loggers, too, it is another run
         found = checkpoints.newest(job.view.line)
         if found is None and self._given_checkpoint is not None:
             found = self._given_checkpoint
@@ -196,6 +205,11 @@ class Align(Stage):
             job.view.line(
                 f"align: begins at step 0; a run that is unfinished at step {other.step} {why}{more}"
             )
+
+    def logged(self, job: Job, folder: Path, step: int) -> Run:
+        """What loggers are told of it when it goes on from this step."""
+        name = job.run.name
+        return Run(f"{job.run.parent.name}-{name}" if name.isdigit() else name, self.settings, folder, step)
 
     def links(self) -> Mapping[str, Path]:
         if not self.done:

@@ -19,6 +19,8 @@ from rlhf.files import write_atomic
 from rlhf.flow.history import FILE as HISTORY
 from rlhf.flow.history import Began, Ended, Evaluated, History
 from rlhf.flow.history import Checkpoint as Saved
+from rlhf.loggers.loggers import Loggers
+from rlhf.logs import MetricsWriter
 from rlhf.progress import StageView
 from rlhf.types import WorkItem
 from rlhf.versions import versions
@@ -89,16 +91,23 @@ class AlignRun:
         write_atomic(path, json.dumps([*notes, *more], indent=1))
 
     def train(self) -> None:
-        from rlhf.logs import MetricsWriter
+        run = self.stage.logged(self.job, self.folder, self.step)
+        with Loggers(self.config.logging, self.stage.store.root.parent, run, self.job.view.line) as loggers:
+            chosen, version = self._steps(loggers)
+        if chosen is not None:
+            self._save_policy(chosen, version)
 
-        writer = MetricsWriter(self.folder, self.config.logging.tensorboard, self.step)
+    def _steps(self, loggers: Loggers) -> tuple[int | None, int]:
+        """Trains. The step whose policy is kept, None if a signal came before the end, and the last step."""
+        writer = MetricsWriter(self.folder, self.step)
         align, items = self.config.align, self.items_per_step
         history = History(self.folder / HISTORY)
         history.begin(Began(self.step, align.steps, items, align.staleness, self.job.why))
 
         def on_step(found: dict[str, float]) -> None:
             step = int(found["step"])
-            writer.write(step, found)
+            writer.write(found)
+            loggers.write(step, found)
             self.job.progressed()
             text = f"utility {found.get('utility/combined', math.nan):.3f}  "
             text += f"KL {found['kl']:.2f} nats  " if "kl" in found else ""
@@ -125,7 +134,8 @@ class AlignRun:
             controller.run(curve.next_stop(controller.version))
             saver.finish()
             if self.asked():
-                return saver.save(controller.version, self._state())
+                saver.save(controller.version, self._state())
+                return None, controller.version
             early = curve.go_on(controller.version)
             if curve.is_due(controller.version):
                 history.add(Evaluated(controller.version))
@@ -134,8 +144,7 @@ class AlignRun:
         history.close()
         writer.close()
         timeline.write(self.folder / "timeline.json", list(controller.spans))
-        self._save_policy(curve.chosen(controller.version), controller.version)
-        return None
+        return curve.chosen(controller.version), controller.version
 
     def _save_policy(self, step: int, held: int) -> None:
         """Of the step that was chosen; the learner holds that of the step `held`."""

@@ -57,7 +57,7 @@ def fit(
         if begun is not None:
             learner.restore(begun.folder)
             job.view.line(f"{name}: goes on from step {step}")
-        writer = MetricsWriter(folder, tensorboard=False, steps=step)
+        writer = MetricsWriter(folder, step)
         saver = Saver(
             replace(config.align.checkpoint, every=None),
             checkpoints,
@@ -71,7 +71,7 @@ def fit(
             stop = min(step + CHUNK, training.steps if measured is None else measured.next_stop(step))
             steps = learner.fit(reference, training, config.seed, step, stop)
             for i, metrics in enumerate(steps, step + 1):
-                writer.write(i, {"step": i, **metrics})
+                writer.write({"step": i, **metrics})
             step = stop
             job.progressed()
             progress.update(step, "  ".join(f"{k} {np.mean([m[k] for m in steps]):.3f}" for k in steps[0]))

@@ -1,4 +1,4 @@
-"""The report stage: one page, and its figures, of what the other stages left."""
+"""The report stage: one page, its figures, and the policy's model card, of what the other stages left."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class Report(Stage):
     def execute(self, job: Job) -> None:
         from rlhf.evaluate.report import write_report
         from rlhf.evaluate.run import lexicon, run_record
+        from rlhf.loggers.loggers import final_figures, send_figures
+        from rlhf.publish.card import write_card
 
         align, baseline = self.stages.of(Align), self.stages.of(Baseline)
         record = run_record(
@@ -34,5 +36,14 @@ class Report(Stage):
             align.utility,
             self.stages.of(RewardModels).calibrations(),
         )
-        write_report(record, job.run, lexicon(self.config))
+        summary = write_report(record, job.run, lexicon(self.config))
         job.view.line(f"report: {job.run / 'report.html'}")
+        steps, scales = len(record.metrics), align.utility.scales
+        write_card(align.policy_path, self.config, summary, scales, steps)
+        send_figures(
+            self.config.logging,
+            self.store.root.parent,
+            align.logged(job, align.path, steps),
+            final_figures(summary),
+            job.view.line,
+        )

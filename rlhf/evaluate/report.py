@@ -67,8 +67,9 @@ _SUMMARY = (
 )
 
 
-def write_report(run: RunRecord, directory: Path, lexicon: Lexicon | None = None) -> None:
-    """Writes `directory`/report.html and summary.json; `lexicon`: what is a refusal or a stock phrase.
+def write_report(run: RunRecord, directory: Path, lexicon: Lexicon | None = None) -> dict[str, Any]:
+    """Writes `directory`/report.html and summary.json, and returns what is in that; `lexicon`: what is a refusal or a
+    stock phrase.
 
     Raises:
         ValueError: a judged score or a number of the summary is not finite.
@@ -81,6 +82,7 @@ def write_report(run: RunRecord, directory: Path, lexicon: Lexicon | None = None
     text = json.dumps(found, indent=1, sort_keys=True, allow_nan=False)
     write_atomic(directory / "summary.json", text + "\n")
     write_atomic(directory / "report.html", page)
+    return found
 
 
 def summary(run: RunRecord, wins: Mapping[str, Any], counters: Counts) -> dict[str, Any]:

@@ -33,7 +33,7 @@ TINY = [
     "resources.generators={count: 2, cpus: 0.1, gpus: 0}",
     "resources.learner={count: 1, cpus: 0.1, gpus: 0}",
     "resources.reward={count: 1, cpus: 0.1, gpus: 0}",
-    "logging={live: 'off', tensorboard: false}",
+    "logging={live: 'off', loggers: []}",
 ]
 
 

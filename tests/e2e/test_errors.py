@@ -32,7 +32,7 @@ TINY = [
     "resources.generators={count: 1, cpus: 0.1, gpus: 0}",
     "resources.learner={count: 1, cpus: 0.1, gpus: 0}",
     "resources.reward={count: 1, cpus: 0.1, gpus: 0}",
-    "logging={live: 'off', tensorboard: false}",
+    "logging={live: 'off', loggers: []}",
 ]
 TRAIN = "{steps: 1, batch_size: 2, learning_rate: 1e-3, warmup_steps: 0, weight_decay: 0.0}"
 

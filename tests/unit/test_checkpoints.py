@@ -94,15 +94,15 @@ def test_keys_that_make_another_history_are_named():
 
 
 def test_metrics_go_on_after_the_steps_of_a_checkpoint(tmp_path):
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     for step in (1, 2, 3):
-        writer.write(step, {"step": step, "attempt": 1})
+        writer.write({"step": step, "attempt": 1})
     writer.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "att')  # killed here
-    writer = MetricsWriter(tmp_path, tensorboard=False, steps=2)
-    writer.write(3, {"step": 3, "attempt": 2})
+    writer = MetricsWriter(tmp_path, 2)
+    writer.write({"step": 3, "attempt": 2})
     writer.close()
     assert [(m["step"], m["attempt"]) for m in read_metrics(tmp_path)] == [(1, 1), (2, 1), (3, 2)]
     with pytest.raises(ValueError, match="less than the 5 lines"):
-        MetricsWriter(tmp_path, tensorboard=False, steps=5)
+        MetricsWriter(tmp_path, 5)
