@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from rlhf.config import LoggingConfig
 from rlhf.loggers.logger import Run, Unreachable, choose, library
-from rlhf.loggers.wandb_file import last_step
+from rlhf.loggers.wandb_file import last_step, wait_for_end
 
 KIND = "wandb"
 
@@ -34,18 +35,20 @@ class WandbLogger:
             return
         advice = "set WANDB_API_KEY, or call wandb login; or set logging.wandb.mode=offline"
         try:
-            wandb.Api(timeout=20)
+            wandb.Api(timeout=10)
         except wandb.errors.UsageError:
             raise ValueError(f"logging.wandb.mode=online needs a key: {advice}") from None
         except wandb.errors.AuthenticationError as error:
-            if "Failed to verify" in str(error):
-                raise Unreachable(str(error)) from None
-            raise ValueError(f"logging.wandb.mode=online: the key is refused ({error}): {advice}") from None
+            if _refused(error):
+                raise ValueError(
+                    f"logging.wandb.mode=online: the key is refused ({error}): {advice}"
+                ) from None
+            raise Unreachable(str(error)) from None
 
     def begin(self, run: Run) -> int:
         import wandb
 
-        kept = run.kept(KIND) or {"id": wandb.util.generate_id(), "name": self._all.run or run.name}
+        kept = run.kept(KIND) or {"id": uuid4().hex[:12], "name": self._all.run or run.name}
         run.keep(KIND, kept)
         self._root.mkdir(parents=True, exist_ok=True)
         offline = self._own.mode == "offline"
@@ -79,5 +82,14 @@ class WandbLogger:
         self._run.summary.update(dict(figures))
 
     def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
+        if self._run is None:
+            return
+        self._run.finish()
+        if self._own.mode == "offline":  # its process may still be writing
+            wait_for_end(Path(self._run.settings.sync_file), self._all.patience)
+
+
+def _refused(error: Exception) -> bool:
+    """Whether a key is at fault, not the way to the server: by W&B's own check of its form or the server's answer."""
+    cause = error.__cause__
+    return cause is None or getattr(getattr(cause, "response", None), "http_status", None) in (401, 403)

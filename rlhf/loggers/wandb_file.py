@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,22 @@ def history(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def files_of(folder: Path, run: str) -> list[Path]:
-    """Those of a run, in the order in which they were begun."""
-    return sorted(folder.glob(f"offline-run-*-{run}/run-{run}.wandb"))
+    """Those of a run, in the order in which they were begun; of one second they have a number behind."""
+    return sorted(folder.glob(f"offline-run-*-{run}*/run-{run}.wandb"))
 
 
 def last_step(folder: Path, run: str) -> int:
     return max((step for path in files_of(folder, run) for step in history(path)), default=0)
+
+
+def wait_for_end(path: Path, seconds: float) -> None:
+    """Returns when a file has all of its run.
+
+    Raises:
+        TimeoutError: it has not.
+    """
+    end = time.monotonic() + seconds
+    while not any(message.WhichOneof("record_type") == "exit" for message in messages(path)):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path} has not been written to its end in {seconds:g} s")
+        time.sleep(0.05)

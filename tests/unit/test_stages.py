@@ -64,6 +64,8 @@ def names(tmp_path_factory):
         ("align.checkpoint={every: 2, keep: 9}", set()),
         ("deepspeed=zero3", set()),
         ("recovery.silence=5", set()),
+        ("logging={loggers: [], project: other, run: one, tags: [a], patience: 1}", set()),
+        ("hub={repo: me/it, license: mit}", set()),
         ("seed=1", {*NAMES, "evaluate_name"}),
     ],
 )
