@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from huggingface_hub import ModelCard
 
@@ -37,11 +35,11 @@ def folder(tmp_path_factory):
     return save_policy(tmp_path_factory.mktemp("here") / "policy")
 
 
-def written(folder, tmp_path, *overrides: str, steps: int = 20, run=None) -> ModelCard:
+def written(folder, tmp_path, *overrides: str, **changes: object) -> ModelCard:
     found = config(*overrides)
     scales = {name: own.unit for name, own in rewards_of(found.reward_models).items()}
-    summary = write_report(run or record(), tmp_path)
-    write_card(folder, found, summary, scales, steps)
+    summary = write_report(record(), tmp_path) | changes
+    write_card(folder, found, summary, scales, steps=20)
     return ModelCard.load(folder / "README.md")
 
 
@@ -114,15 +112,12 @@ def test_what_is_given_by_the_hub_is_named_and_what_is_a_path_is_not(folder, tmp
 
 
 def test_other_rewards_no_penalty_and_a_step_that_was_chosen(folder, tmp_path):
-    from rlhf.evaluate.curve import Choice
-
     given = [
         *GIVEN, "reward_models=none", "+source@reward_models.right=function", "reward_models.right.path=json:dumps",
         "reward_models.right.scale=verdict", "align.kl_coef=0",
     ]  # fmt: skip
     given = [one for one in given if not one.startswith(("reward_models.helpful", "reward_models.harmless"))]
-    run = replace(record(), choice=Choice(12, "the best"), stopped="the win rate fell")
-    text = written(folder, tmp_path, *given, run=run).content
+    text = written(folder, tmp_path, *given, chosen_step=12, stopped_early="the win rate fell").content
     for said in (
         "There is one reward, so its utility is what is maximised.",
         "There was no KL penalty.",
