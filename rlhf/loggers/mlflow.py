@@ -22,7 +22,7 @@ _NAME = re.compile(r"[^\w./ -]")
 class MlflowLogger:
     """Uses the client alone, not `mlflow.start_run`, which would add the command's name and the user's."""
 
-    later = "run the same command with stages=[report]"
+    later = "the same command with stages=[report]"
 
     def __init__(self, settings: LoggingConfig, outputs: Path) -> None:
         self._all, self._own, self._outputs = settings, settings.mlflow, outputs

@@ -13,7 +13,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardLogger:
-    later = "run the same command with stages=[report]"
+    later = "the same command with stages=[report]"
 
     def __init__(self, settings: LoggingConfig, outputs: Path) -> None:
         self._board: Any = None

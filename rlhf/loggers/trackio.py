@@ -16,7 +16,7 @@ _PLACES = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 class TrackioLogger:
     """A run is known by its name in the project. The step is not sent as a metric too: its name is Trackio's own."""
 
-    later = "run the same command with stages=[report]"
+    later = "the same command with stages=[report]"
 
     def __init__(self, settings: LoggingConfig, outputs: Path) -> None:
         self._all, self._own = settings, settings.trackio

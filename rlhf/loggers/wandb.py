@@ -26,7 +26,9 @@ class WandbLogger:
 
     @property
     def later(self) -> str:
-        return f"wandb sync --include-online {self._root / 'wandb'}"
+        return (
+            f"wandb sync --include-online {self._root / 'wandb'}, then the same command with stages=[report]"
+        )
 
     def check(self) -> None:
         choose("logging.wandb.mode", self._own.mode, ("online", "offline"))
@@ -63,6 +65,7 @@ class WandbLogger:
             run_group=self._own.group,
             run_tags=tuple(self._all.tags) or None,
             resume="allow",
+            init_timeout=self._all.patience,  # the command's end waits for both
             finish_timeout=self._all.patience,
             console="off",
             silent=True,

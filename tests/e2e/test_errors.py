@@ -55,6 +55,8 @@ CASES = {
     "no samples for PPO": (["algorithm=ppo", "align.samples_per_prompt=0"], r"align.samples_per_prompt=0 must be"),
     "unknown stage": (["stages=[sft,train]"], r"stages: 'train' is not one of"),
     "no stages": (["stages=[]"], r"stages is empty"),
+    "unknown logger": (["logging.loggers=[wnadb]"], r"logging.loggers: wnadb is not one of tensorboard, wandb, "),
+    "a hub that is off": (["hub.repo=me/it"], r"hub.repo=me/it cannot be pushed to, for HF_HUB_OFFLINE is set"),
     "sweep of a wrong value": (["-m", "seed=-1,-2"], r"seed=-1 must be within"),
     # the folder of outputs
     "output_dir is a file": (["output_dir={here}/file"], r"output_dir=.*/file: a file has that name; give a folder"),
