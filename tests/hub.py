@@ -19,6 +19,7 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     repos: dict[str, bool] = field(default_factory=dict)  # whether it is private, by name
     stored: dict[str, bytes] = field(default_factory=dict)  # large files, by their hash
+    role: str = "write"  # of the token
     files: dict[str, bytes] = field(default_factory=dict)  # of the last commit and those before it
 
 
@@ -47,7 +48,8 @@ def hub(token: str) -> Iterator[Hub]:
             if self.headers.get("Authorization") != f"Bearer {made.token}":
                 return self.answer({"error": "Invalid credentials"}, 401)
             if path == "/api/whoami-v2":
-                return self.answer({"type": "user", "name": "me", "orgs": []})
+                auth = {"type": "access_token", "accessToken": {"displayName": "it", "role": made.role}}
+                return self.answer({"type": "user", "name": "me", "orgs": [{"name": "us"}], "auth": auth})
             if path == "/api/repos/create":
                 asked = json.loads(sent)
                 name = f"{asked.get('organization') or 'me'}/{asked['name']}"

@@ -25,6 +25,9 @@ def check_hub(hub: HubConfig, stages: list[str]) -> None:
         validate_repo_id(hub.repo)
     except HFValidationError as error:
         raise ValueError(f"{key} is no name of a repository: {error}") from None
+    owner, slash, _ = str(hub.repo).partition("/")
+    if not slash:
+        raise ValueError(f"{key} must be OWNER/NAME")
     if "report" not in stages:
         raise ValueError(f"{key} needs the stage report, whose figures the model card has: add it to stages")
     if constants.HF_HUB_OFFLINE:
@@ -34,13 +37,17 @@ def check_hub(hub: HubConfig, stages: list[str]) -> None:
     if get_token() is None:
         raise ValueError(f"{key} needs a token: {ADVICE}")
     try:
-        HfApi().whoami()
+        user = HfApi().whoami()
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise ValueError(f"{key}: the token is not accepted: {ADVICE}") from None
         raise ValueError(f"{key}: the hub cannot be used ({_short(error)})") from None
     except Exception as error:  # whatever its client raises of a connection
         raise ValueError(f"{key}: {_endpoint()} cannot be reached ({_short(error)})") from None
+    if owner not in {user["name"], *(one["name"] for one in user.get("orgs", []))}:
+        raise ValueError(f"{key}: the token is {user['name']}'s, who is no member of {owner}")
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(f"{key}: the token may only read: give one that may write")
 
 
 def push(policy: Path, hub: HubConfig) -> str:

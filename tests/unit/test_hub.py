@@ -69,7 +69,12 @@ def test_what_cannot_be_pushed_is_refused_before_the_run(tmp_path):
         wrong = pushed(tmp_path, server.url, HF_TOKEN=TOKEN + "x")
         offline = pushed(tmp_path, server.url, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1")
         name = pushed(tmp_path, server.url, repo="me/no/name", HF_TOKEN=TOKEN)
+        bare = pushed(tmp_path, server.url, repo="aligned", HF_TOKEN=TOKEN)
         assert server.asked == ["GET /api/whoami-v2"]
+        other = pushed(tmp_path, server.url, repo="you/aligned", HF_TOKEN=TOKEN)
+        ours = pushed(tmp_path, server.url, repo="us/aligned", HF_TOKEN=TOKEN)
+        server.role = "read"
+        reads = pushed(tmp_path, server.url, HF_TOKEN=TOKEN)
     away = pushed(tmp_path, "http://127.0.0.1:9", HF_TOKEN=TOKEN)
     key = "hub.repo=me/aligned"
     advice = "set HF_TOKEN, or call hf auth login"
@@ -80,7 +85,11 @@ def test_what_cannot_be_pushed_is_refused_before_the_run(tmp_path):
     )
     assert name.stderr.strip().startswith("hub.repo=me/no/name is no name of a repository: Repo id must be")
     assert away.stderr.strip().startswith(f"{key}: http://127.0.0.1:9 cannot be reached (")
-    for done in (none, wrong, offline, name, away):
+    assert bare.stderr.strip() == "hub.repo=aligned must be OWNER/NAME"
+    assert other.stderr.strip() == "hub.repo=you/aligned: the token is me's, who is no member of you"
+    assert ours.returncode == 0, ours.stderr
+    assert reads.stderr.strip() == f"{key}: the token may only read: give one that may write"
+    for done in (none, wrong, offline, name, away, bare, other, reads):
         assert done.returncode == 1
         assert "\n" not in done.stderr.strip()
 
