@@ -8,6 +8,7 @@ from pathlib import Path
 from actors.resources import check_machine
 from rlhf.config import Config
 from rlhf.data.prepare import RunData, check_lengths, prepare
+from rlhf.generate.engines import engine_class
 from rlhf.models.source import trust_remote_code
 from rlhf.sources.source import rewards_of
 from rlhf.store import Store
@@ -27,6 +28,7 @@ def preflight(config: Config, store: Store, serving: bool = False) -> RunData:
         log.warning("trust_remote_code=true: code that comes with the given models and tokenizers is run")
     data = prepare(config, store)
     _check_names(config, data)
+    engine_class(config.rollout).check(config.rollout, config.resources.generators.gpus)
     _check_policy(config, data)
     _check_sources(config, data, serving)
     return data

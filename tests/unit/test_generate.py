@@ -57,14 +57,14 @@ def test_logprobs_are_those_of_a_second_pass(engine):
 def test_rollouts_are_well_formed(engine):
     rollouts = engine.generate(WorkItem(5, PROMPTS, samples=3, seed=3))
     assert rollouts.group.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    eos = engine.chat.tokenizer.eos_token_id
+    eos = engine.dialogue.chat.tokenizer.eos_token_id
     for b, text in enumerate(rollouts.texts):
         tokens = rollouts.tokens[b]
         assert (tokens[-1] == eos) == rollouts.finished[b]
         assert eos not in tokens[:-1]
         assert rollouts.finished[b] or len(tokens) == 12
-        assert engine.chat.tokenizer.decode(tokens[:-1] if rollouts.finished[b] else tokens) == text
-    assert rollouts.prompt_tokens[1].tolist() == engine.chat.prompt_tokens(PROMPTS[1])
+        assert engine.dialogue.chat.tokenizer.decode(tokens[:-1] if rollouts.finished[b] else tokens) == text
+    assert rollouts.prompt_tokens[1].tolist() == engine.dialogue.chat.prompt_tokens(PROMPTS[1])
 
 
 def test_the_same_item_gives_the_same_rollouts_and_another_seed_others(engine):
@@ -82,7 +82,9 @@ def test_first_tokens_follow_the_policy(engine):
     rollouts = engine.generate(WorkItem(0, PROMPTS[:1], samples=4000, seed=5))
     drawn = np.array([rollouts.tokens[b][0] for b in range(4000)])
     with torch.no_grad():
-        logits = engine.model(input_ids=torch.tensor([engine.chat.prompt_tokens(PROMPTS[0])])).logits[0, -1]
+        logits = engine.model(
+            input_ids=torch.tensor([engine.dialogue.chat.prompt_tokens(PROMPTS[0])])
+        ).logits[0, -1]
     p = torch.softmax(logits.double() / 0.8, -1).numpy()
     counts = np.bincount(drawn, minlength=len(p))
     rare = p * 4000 < 5  # pooled: the test needs a few expected counts in each cell
@@ -109,7 +111,7 @@ def test_new_weights_change_the_samples_and_the_version(engine, policy_folder):
     engine.set_weights(weights, 4)
     after = engine.generate(item)
     assert (before.version, after.version) == (0, 4)
-    np.testing.assert_allclose(after.logprobs, -np.log(len(engine.chat.tokenizer)), rtol=1e-5)
+    np.testing.assert_allclose(after.logprobs, -np.log(len(engine.dialogue.chat.tokenizer)), rtol=1e-5)
 
 
 def test_a_prompt_without_room_is_refused(engine):
