@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class Dialogue:
             started: when it came, by time.perf_counter.
         """
         group = np.repeat(np.arange(item.groups, dtype=np.int32), item.samples)
-        tokens = [response.tokens for response in responses]
+        tokens: list[Any] = [response.tokens for response in responses]
         versions = np.concatenate([response.versions for response in responses])
         return Rollouts(
             item=item.id,

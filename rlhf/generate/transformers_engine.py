@@ -317,10 +317,11 @@ class TransformersEngine(Engine):
         return going
 
     def _rollouts(self, job: _Job) -> Rollouts:
-        columns = (job.tokens, job.logprobs, job.versions)
         responses = [
-            Sampled(*(column[row, :length] for column in columns), bool(finished))
-            for row, (length, finished) in enumerate(zip(job.lengths, job.finished, strict=True))
+            Sampled(tokens[:n], logprobs[:n], versions[:n], bool(finished))
+            for tokens, logprobs, versions, n, finished in zip(
+                job.tokens, job.logprobs, job.versions, job.lengths, job.finished, strict=True
+            )
         ]
         return self.dialogue.rollouts(job.item, job.prompts, responses, job.started)
 

@@ -109,6 +109,7 @@ class VllmEngine(Engine):
     @classmethod
     def check(cls, rollout: RolloutConfig, gpus: float) -> None:
         vllm, options = _vllm(), rollout.options
+        _check_versions()
         known = {field.name for field in dataclasses.fields(vllm.EngineArgs)}
         for name in options:
             if name in OURS:
@@ -283,8 +284,27 @@ def _transfer() -> Any:
 
 
 def _distribution() -> str:
-    """The package that brings vLLM."""
+    """The package that brings vLLM: that for GPUs, or for CPUs."""
     return importlib.metadata.packages_distributions()["vllm"][0]
+
+
+def _check_versions() -> None:
+    """
+    Raises:
+        ValueError: torch or transformers are not those that this vLLM goes with.
+    """
+    from packaging.requirements import Requirement
+
+    package = _distribution()
+    for wanted in map(Requirement, importlib.metadata.requires(package) or ()):
+        if wanted.name not in ("torch", "transformers") or (wanted.marker and not wanted.marker.evaluate()):
+            continue
+        found = importlib.metadata.version(wanted.name)
+        if not wanted.specifier.contains(found, prereleases=True):
+            raise ValueError(
+                f"rollout.engine=vllm: {package} {importlib.metadata.version(package)} goes with {wanted.name} "
+                f"{wanted.specifier}, and {found} is installed; constraints-vllm.txt has versions that go together"
+            )
 
 
 def _vllm() -> Any:
@@ -294,7 +314,9 @@ def _vllm() -> Any:
         ValueError: it is not installed.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is in this process
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else every generator binds itself to core 0
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+    )  # else every generator binds itself to core 0
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:

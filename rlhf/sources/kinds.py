@@ -25,4 +25,4 @@ def source_class(key: str, kind: object) -> type[Source]:
         raise ValueError(
             f"{key}.kind is missing: begin with a source of conf/source, as in +source@{key}=classifier"
         )
-    return plugin(f"{key}.kind", kind, KINDS, GROUP, Source)  # type: ignore[type-abstract]
+    return plugin(f"{key}.kind", kind, KINDS, GROUP, Source)
