@@ -67,8 +67,7 @@ class VllmEngine(Engine):
         dtype: str = "float32",
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        vllm = _vllm()
-        outline = policy_outline(policy)
+        vllm, outline = _vllm(), policy_outline(policy)
         self._policy, self._device, self._dtype = policy, device, dtype_of(dtype, device)
         self._shapes = {name: parameter.shape for name, parameter in outline.named_parameters()}
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
@@ -92,7 +91,10 @@ class VllmEngine(Engine):
             trust_remote_code=trusted(),
             **given,
         )
-        self._engine = vllm.LLMEngine.from_engine_args(arguments)
+        try:
+            self._engine = vllm.LLMEngine.from_engine_args(arguments)
+        except Exception as error:  # whatever vLLM has against a model
+            raise ValueError(f"policy ({policy}): vLLM {vllm.__version__} does not take it: {error}") from error
         limit = self._engine.vllm_config.model_config.max_model_len
         if reach.limit is None or limit < reach.limit:
             self.notes.append(
