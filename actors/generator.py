@@ -41,8 +41,9 @@ class Generator:
         set_threads(role.cpus)
         keep_memory()
         yield_to_learners()
-        import rlhf.generate.transformers_engine  # noqa: F401 - now, and not in the first call
+        from rlhf.generate.engines import engine_class
 
+        self._kind = engine_class(rollout)  # imported now, and not in the first call
         self._rollout, self._template, self._role = rollout, chat_template, role
         self._engine: Engine | None = None
         self._recorder = Recorder(f"generator {number}")
@@ -63,23 +64,15 @@ class Generator:
     async def load(self, policy: str) -> list[str]:
         """Takes the weights of a saved policy, as version 0; what to tell of how it is sampled."""
         from rlhf.data.chat import ChatFormat
-        from rlhf.generate.transformers_engine import TransformersEngine
-        from rlhf.models.load import load_policy, load_tokenizer
+        from rlhf.models.load import load_tokenizer
 
         if self._work is not None:  # of a stage that an error ended: its callers are answered first
             await self._work
         set_threads(self._role.cpus)  # of the thread that samples
         chat = ChatFormat(load_tokenizer(policy, "policy.path"), "policy", self._template)
         device = "cuda" if self._role.gpus > 0 else "cpu"
-        engine = self._engine = TransformersEngine(
-            load_policy(policy),
-            chat,
-            self._rollout.max_new_tokens,
-            self._rollout.temperature,
-            self._rollout.slots,
-            device=device,
-            dtype=self._rollout.dtype,
-        )
+        self._drop()
+        engine = self._engine = self._kind.open(policy, chat, self._rollout, device)
         return engine.notes
 
     async def set_weights(self, weights: Any, version: int) -> bool:
@@ -124,10 +117,15 @@ class Generator:
                     self._results.pop(ticket).set_result(rollouts)
                 await asyncio.sleep(0)
         except Exception as error:
-            self._engine = None  # its state is unknown; `load` makes a new one
+            self._drop()  # its state is unknown; `load` makes a new one
             for result in self._results.values():
                 result.set_exception(error)
             self._results.clear()
+
+    def _drop(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     async def logprobs(self, rollouts: Rollouts) -> np.ndarray | None:
         """Of the rollouts' tokens, float32 [T]; nothing, if this process was restarted and has no policy yet."""

@@ -10,6 +10,7 @@ from actors.resources import check_machine
 from actors.stages.stage import Stages
 from rlhf.config import Config
 from rlhf.data.prepare import RunData, check_lengths, prepare
+from rlhf.generate.engines import engine_class
 from rlhf.loggers.loggers import check_loggers
 from rlhf.models.source import trust_remote_code
 from rlhf.publish.hub import check_hub
@@ -31,6 +32,7 @@ def preflight(config: Config, store: Store, serving: bool = False) -> RunData:
         log.warning("trust_remote_code=true: code that comes with the given models and tokenizers is run")
     data = prepare(config, store)
     _check_names(config, data)
+    engine_class(config.rollout).check(config.rollout, config.resources.generators.gpus)
     _check_policy(config, data)
     _check_sources(config, data, serving)
     return data

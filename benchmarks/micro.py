@@ -394,6 +394,7 @@ def rewards() -> dict[str, Any]:
         group=group,
         tokens=Ragged.of([[1]] * 64, np.int32),
         logprobs=np.zeros(64, np.float32),
+        versions=np.zeros(64, np.int32),
         finished=np.ones(64, bool),
         texts=tuple(texts),
     )

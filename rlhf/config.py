@@ -137,6 +137,8 @@ class AlgorithmConfig:
 
 @dataclass
 class RolloutConfig:
+    engine: str  # a name in rlhf.generate.engines, of an installed package, or "package.module:Class"
+    options: dict[str, Any]  # the engine's own settings
     dtype: str  # of the generators
     max_new_tokens: int
     temperature: float

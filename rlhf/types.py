@@ -105,7 +105,7 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Responses sampled from one version of a policy, for the prompts of one work item.
+    """Responses sampled from a policy, for the prompts of one work item.
 
     Invariant: the responses of prompt g are the rows b with group[b] == g, contiguous and in order.
     `logprobs` are the sampler's own, natural log, at `temperature`.
@@ -121,6 +121,7 @@ class Rollouts:
     group: np.ndarray  # int32 [B], index into prompts
     tokens: Ragged  # int32, B rows: response tokens, with the end-of-sequence token if it was sampled
     logprobs: np.ndarray  # float32 [T], aligned with tokens.values
+    versions: np.ndarray  # int32 [T], of the weights by which each token was sampled; `version` is the oldest
     finished: np.ndarray  # bool [B]: ended by the end-of-sequence token (else cut at the length limit)
     texts: tuple[str, ...]  # [B]: responses as text after their prompts, without the token that ended them
     seconds: float = 0.0  # wall time from the item's arrival at the generator to its last token

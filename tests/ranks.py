@@ -122,6 +122,7 @@ def experiences(lengths: list[list[int]]) -> list[Experience]:
             group=np.zeros(n, np.int32),
             tokens=responses,
             logprobs=(-np.log(WORDS) + 0.1 * rng.normal(size=sum(own))).astype(np.float32),
+            versions=np.zeros(sum(own), np.int32),
             finished=np.ones(n, bool),
             texts=("",) * n,
         )

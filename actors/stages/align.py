@@ -22,6 +22,7 @@ from rlhf.checkpoints import Checkpoint, Checkpoints, read
 from rlhf.code import code_version
 from rlhf.flow.history import FILE as HISTORY
 from rlhf.flow.history import copy_until
+from rlhf.generate.engines import engine_identity
 from rlhf.loggers.logger import KEPT, Run
 from rlhf.logs import METRICS
 from rlhf.shown import redacted_values
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 CODE = (
     "rlhf.learn.align_task",
     "rlhf.learn.tasks",
-    "rlhf.generate.transformers_engine",
     "rlhf.models.reward",
     "rlhf.utility.pipeline",
     "rlhf.utility.statistics",
@@ -88,6 +88,7 @@ class Align(Stage):
             align,
             c.policy.lora,
             c.rollout,
+            engine_identity(c.rollout),
             c.deepspeed.dtype,
             self._evaluated,
             resumed and fingerprint(resumed.step, dict(resumed.state)),

@@ -22,6 +22,7 @@ from actors.stages.stage import Output, Stage
 from actors.work import work_items
 from rlhf.code import code_version
 from rlhf.files import write_atomic
+from rlhf.generate.engines import engine_identity
 from rlhf.progress import StageView
 from rlhf.sources.source import Source, rewards_of
 from rlhf.store import CHECKPOINTS, fingerprint, source_fingerprint
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from actors.stages.job import Job
 
 EVERY = 60.0  # seconds between two snapshots
-SCORED_BY = ("rlhf.generate.transformers_engine", "rlhf.models.reward", "rlhf.sources.answers", "actors.work")
-"""Modules on which the base policy's samples and their rewards depend."""
+SCORED_BY = ("rlhf.generate.dialogue", "rlhf.models.reward", "rlhf.sources.answers", "actors.work")
+"""Modules on which the base policy's samples and their rewards depend, beside the engine."""
 
 
 class Baseline(Stage):
@@ -57,6 +58,7 @@ class Baseline(Stage):
         r = c.rollout
         sampled = (
             code_version(*SCORED_BY),
+            engine_identity(r),
             self.stages.of(Sft).policy_name,
             c.policy.chat_template,
             r.max_new_tokens,

@@ -11,20 +11,24 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from rlhf.config import RolloutConfig
 from rlhf.data.chat import ChatFormat
 from rlhf.generate.choice import row_cache
+from rlhf.generate.dialogue import Dialogue, Sampled
+from rlhf.generate.engine import Engine
 from rlhf.generate.proof import Proof
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
-from rlhf.models.load import end_tokens
+from rlhf.models.load import end_tokens, load_policy
 from rlhf.models.packed import pack, receivers
 from rlhf.models.precision import cast, dtype_of
 from rlhf.models.reach import Reach
-from rlhf.types import Ragged, Rollouts, WorkItem, prompt_id
+from rlhf.types import Rollouts, WorkItem
 
 COMPACT_SHARE = 0.75
 """Rows are rearranged when no more than this share of the slots, or of the rows, is alive."""
@@ -37,9 +41,9 @@ class _Job:
     ticket: int
     item: WorkItem
     prompts: list[list[int]]
-    version: int  # of the weights that its first token was sampled from
     tokens: np.ndarray  # int32 [B, N]
     logprobs: np.ndarray  # float32 [B, N]
+    versions: np.ndarray  # int32 [B, N]
     lengths: np.ndarray  # int64 [B]
     finished: np.ndarray  # bool [B]
     random: torch.Generator
@@ -54,9 +58,9 @@ class _Job:
             ticket,
             item,
             prompts,
-            0,
             np.zeros((rows, most), np.int32),
             np.zeros((rows, most), np.float32),
+            np.zeros((rows, most), np.int32),
             np.zeros(rows, np.int64),
             np.zeros(rows, bool),
             torch.Generator().manual_seed(item.seed),
@@ -80,6 +84,7 @@ class _Prompt:
     first: int  # response to start next, of the prompt's own
     handle: int | None = None  # in the cache, once computed
     logits: torch.Tensor | None = None  # of the first token, [V]
+    version: int = 0  # of the weights that gave them
     alive: int = 0  # rows of it
 
 
@@ -90,12 +95,13 @@ class _Rows:
     prompts: list[_Prompt]
     index: np.ndarray  # int64 [R], the response of its job
     logits: torch.Tensor  # float32 [R, V], of the next token
+    versions: np.ndarray  # int32 [R], of the weights that gave them
 
     def __len__(self) -> int:
         return len(self.prompts)
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """`submit` work items and `advance` until they are returned; or `generate` one."""
 
     def __init__(
@@ -109,15 +115,11 @@ class TransformersEngine:
         device: str = "cpu",
         dtype: str = "float32",
     ) -> None:
-        self.model, self.chat, self.device, self.budget = model.to(device).eval(), chat, device, budget
+        self.model, self.device, self.budget = model.to(device).eval(), device, budget
         self.max_new_tokens, self.temperature, self.slots = max_new_tokens, temperature, slots
-        self.ends = end_tokens(model) | set(chat.end_tokens())
-        if not self.ends:
-            raise ValueError(
-                "policy: neither its generation config nor its tokenizer says how a response ends"
-            )
-        self._ends = np.array(sorted(self.ends))
         self.reach = Reach.of(model.config)
+        self.dialogue = Dialogue(chat, end_tokens(model), self.reach, max_new_tokens, temperature)
+        self._ends = np.array(sorted(self.dialogue.ends))
         self.version = self._tickets = 0
         proof = Proof(model, max_new_tokens)
         self._policy = PolicyModel(model)
@@ -130,9 +132,21 @@ class TransformersEngine:
         self._rows: _Rows | None = None
         self._done: list[_Job] = []
 
+    @classmethod
+    def open(cls, policy: str, chat: ChatFormat, rollout: RolloutConfig, device: str) -> Self:
+        return cls(
+            load_policy(policy),
+            chat,
+            rollout.max_new_tokens,
+            rollout.temperature,
+            rollout.slots,
+            device=device,
+            dtype=rollout.dtype,
+        )
+
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Responses under way go on with the new weights; their version stays that of their first token."""
+        """Of responses under way the next token is still that of the old weights, and what is kept of them stays."""
         takers = receivers(self.model)
         if takers.keys() != weights.keys():
             raise ValueError(
@@ -143,21 +157,13 @@ class TransformersEngine:
                 take(weights[name])
         self.version = version
 
-    def generate(self, item: WorkItem) -> Rollouts:
-        assert not self.busy
-        self.submit(item)
-        while True:
-            done = self.advance()
-            if done:
-                return done[0][1]
-
     @property
     def busy(self) -> bool:
         return bool(self._waiting) or self._rows is not None
 
     def submit(self, item: WorkItem) -> int:
         """Takes a work item on, after those there are; the ticket under which `advance` returns it."""
-        prompts = [self._prompt_tokens(content) for content in item.prompts]
+        prompts = [self.dialogue.tokens(content) for content in item.prompts]
         self._tickets += 1
         job = _Job.of(self._tickets, item, prompts, self.max_new_tokens)
         self._waiting.extend(_Prompt(job, i, 0) for i in range(len(prompts)))
@@ -187,6 +193,7 @@ class TransformersEngine:
             tokens = tokens[torch.from_numpy(chosen).to(tokens.device)]
         if len(rows):
             rows.logits = self._cache.step(tokens)
+            rows.versions = np.full(len(rows), self.version, np.int32)
         self._rows = rows
         return done
 
@@ -214,8 +221,6 @@ class TransformersEngine:
             others = starts or ([] if rows is None else rows.prompts)
             if others and self._switched(prompt) != self._switched(others[0]):
                 break  # until these have left
-            if prompt.index == prompt.first == 0:
-                prompt.job.version = self.version
             take = min(free - len(starts), prompt.job.item.samples - prompt.first)
             starts += [prompt] * take
             prompt.first += take
@@ -228,10 +233,11 @@ class TransformersEngine:
         if fresh:
             handles, logits = self._cache.prefill([p.job.prompts[p.index] for p in fresh])
             for prompt, handle, row in zip(fresh, handles, logits, strict=True):
-                prompt.handle, prompt.logits = handle, row
+                prompt.handle, prompt.logits, prompt.version = handle, row, self.version
         self._cache.join([p.handle for p in starts if p.handle is not None])
         index: list[np.ndarray] = []
         first_logits: list[torch.Tensor] = []
+        versions: list[np.ndarray] = []
         for prompt in distinct:
             count = sum(p is prompt for p in starts)
             prompt.alive += count
@@ -239,13 +245,17 @@ class TransformersEngine:
             index.append(np.arange(first, first + count))
             assert prompt.logits is not None
             first_logits.append(prompt.logits.expand(count, -1))
+            versions.append(np.full(count, prompt.version, np.int32))
         if rows is None:
-            self._rows = _Rows(starts, np.concatenate(index), torch.cat(first_logits))
+            self._rows = _Rows(
+                starts, np.concatenate(index), torch.cat(first_logits), np.concatenate(versions)
+            )
         else:
             self._rows = _Rows(
                 rows.prompts + starts,
                 np.concatenate([rows.index, *index]),
                 torch.cat([rows.logits, *first_logits]),
+                np.concatenate([rows.versions, *versions]),
             )
 
     def _switched(self, prompt: _Prompt) -> bool:
@@ -262,7 +272,9 @@ class TransformersEngine:
                 if not prompt.alive and prompt.first == prompt.job.item.samples:
                     assert prompt.handle is not None
                     self._cache.release(prompt.handle)
-        return _Rows([rows.prompts[i] for i in chosen], rows.index[chosen], rows.logits[chosen])
+        return _Rows(
+            [rows.prompts[i] for i in chosen], rows.index[chosen], rows.logits[chosen], rows.versions[chosen]
+        )
 
     def _jobs(self, rows: _Rows) -> list[tuple[_Job, np.ndarray]]:
         """The jobs of the rows, and which rows are whose."""
@@ -294,6 +306,7 @@ class TransformersEngine:
             index = rows.index[alive]
             job.tokens[index, steps[alive]] = tokens[alive]
             job.logprobs[index, steps[alive]] = logprobs[alive]
+            job.versions[index, steps[alive]] = rows.versions[alive]
             job.lengths[index] += 1
             job.finished[index] = np.isin(tokens[alive], self._ends)
             ended = self._ended(job, index)
@@ -304,32 +317,13 @@ class TransformersEngine:
         return going
 
     def _rollouts(self, job: _Job) -> Rollouts:
-        item = job.item
-        tokens = [row[:n] for row, n in zip(job.tokens, job.lengths, strict=True)]
-        flat = Ragged.of(tokens, np.int32)
-        group = np.repeat(np.arange(item.groups, dtype=np.int32), item.samples)
-        return Rollouts(
-            item=item.id,
-            version=job.version,
-            seed=item.seed,
-            temperature=self.temperature,
-            prompts=item.prompts,
-            prompt_ids=np.array([prompt_id(c) for c in item.prompts], np.uint64),
-            prompt_tokens=Ragged.of(job.prompts, np.int32),
-            group=group,
-            tokens=flat,
-            logprobs=np.concatenate([row[:n] for row, n in zip(job.logprobs, job.lengths, strict=True)]),
-            finished=job.finished,
-            texts=self.chat.response_texts(item.prompts, job.prompts, group, tokens, self.ends),
-            seconds=time.perf_counter() - job.started,
-        )
-
-    def _prompt_tokens(self, content: object) -> list[int]:
-        tokens = self.chat.prompt_tokens(content)  # type: ignore[arg-type]
-        fault = self.reach.fault(len(tokens), self.max_new_tokens)
-        if fault is not None:
-            raise ValueError(f"{fault}: {str(content)[:80]!r}")
-        return tokens
+        responses = [
+            Sampled(tokens[:n], logprobs[:n], versions[:n], bool(finished))
+            for tokens, logprobs, versions, n, finished in zip(
+                job.tokens, job.logprobs, job.versions, job.lengths, job.finished, strict=True
+            )
+        ]
+        return self.dialogue.rollouts(job.item, job.prompts, responses, job.started)
 
     @torch.inference_mode()
     def logprobs(self, rollouts: Rollouts) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 
 from rlhf.config import LoggingConfig
 from rlhf.loggers.logger import Logger
+from rlhf.plugins import named_object
 
 GROUP = "rlhf.loggers"  # of entry points: other packages' kinds, by name
 
@@ -26,20 +25,7 @@ def logger_class(kind: str) -> type[Logger]:
     Raises:
         ValueError: there is none.
     """
-    installed = {found.name: found.value for found in entry_points(group=GROUP)}
-    place = kind if ":" in kind else (installed | KINDS).get(kind)
-    if place is None:
-        known = ", ".join([*KINDS, *installed])
-        raise ValueError(
-            f"logging.loggers: {kind} is not one of {known}, nor package.module:Class of one of your own"
-        )
-    module, _, name = place.partition(":")
-    try:
-        found = getattr(import_module(module), name)
-    except Exception as error:  # whatever another package's module does when it is imported
-        raise ValueError(
-            f"logging.loggers: {kind} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    found = named_object(f"logging.loggers: {kind}", kind, KINDS, GROUP)
     lacking = [method for method in (*METHODS, "later") if not hasattr(found, method)]
     if not isinstance(found, type) or lacking:
         raise ValueError(

@@ -157,6 +157,26 @@ def load_policy(path: str, key: str = "policy.path", dtype: torch.dtype | None =
     return _load(CAUSAL, path, key, dtype)
 
 
+def policy_outline(path: str, key: str = "policy.path") -> PreTrainedModel:
+    """A causal language model without weights, on the meta device: its parameters' names and shapes, its
+    configuration and its generation configuration.
+
+    Raises:
+        ValueError: it is no policy, or an adapter, which has no weights of its own for all of them.
+    """
+    import torch
+    import transformers
+
+    config, source = policy_config(path, key), find_source(path, key)
+    if source.adapter is not None:
+        raise ValueError(f"{key}={path} is an adapter on {source.model}: merge it into its model first")
+    with naming(key, path), torch.device("meta"):
+        model = getattr(transformers, CAUSAL).from_config(config, trust_remote_code=trusted())
+    with contextlib.suppress(OSError):  # there is none: then it is what the configuration says
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source.model)
+    return model
+
+
 def load_reward_model(path: str, key: str, single: bool = True) -> PreTrainedModel:
     """A sequence classifier, of one label if `single`, in evaluation mode, float32."""
     reward_config(path, key, single)

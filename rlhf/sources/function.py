@@ -162,7 +162,9 @@ class FunctionRewards:
         return call.result()
 
     def _run(self, call: Future[Any], arguments: Mapping[str, Any]) -> None:
-        if not call.set_running_or_notify_cancel():  # given up before it began; from here on nobody cancels it
+        if (
+            not call.set_running_or_notify_cancel()
+        ):  # given up before it began; from here on nobody cancels it
             return
         try:
             call.set_result(self._function(**arguments))

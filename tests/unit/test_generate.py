@@ -1,7 +1,5 @@
 """The sampler against a second forward pass, and against the probabilities of the policy."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -54,68 +52,11 @@ def test_logprobs_are_those_of_a_second_pass(engine):
     np.testing.assert_allclose(rollouts.logprobs, second_pass(engine, rollouts), atol=2e-5)
 
 
-def test_rollouts_are_well_formed(engine):
-    rollouts = engine.generate(WorkItem(5, PROMPTS, samples=3, seed=3))
-    assert rollouts.group.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    eos = engine.chat.tokenizer.eos_token_id
-    for b, text in enumerate(rollouts.texts):
-        tokens = rollouts.tokens[b]
-        assert (tokens[-1] == eos) == rollouts.finished[b]
-        assert eos not in tokens[:-1]
-        assert rollouts.finished[b] or len(tokens) == 12
-        assert engine.chat.tokenizer.decode(tokens[:-1] if rollouts.finished[b] else tokens) == text
-    assert rollouts.prompt_tokens[1].tolist() == engine.chat.prompt_tokens(PROMPTS[1])
-
-
-def test_the_same_item_gives_the_same_rollouts_and_another_seed_others(engine):
-    item = WorkItem(0, PROMPTS, samples=4, seed=11)
-    first, again = engine.generate(item), engine.generate(item)
-    assert first.texts == again.texts
-    np.testing.assert_array_equal(first.logprobs, again.logprobs)
-    assert engine.generate(replace(item, seed=12)).texts != first.texts
-
-
-def test_first_tokens_follow_the_policy(engine):
-    """Frequencies of 4000 first tokens against the softmax at the temperature, by a chi-square test."""
-    from scipy.stats import chisquare
-
-    rollouts = engine.generate(WorkItem(0, PROMPTS[:1], samples=4000, seed=5))
-    drawn = np.array([rollouts.tokens[b][0] for b in range(4000)])
-    with torch.no_grad():
-        logits = engine.model(input_ids=torch.tensor([engine.chat.prompt_tokens(PROMPTS[0])])).logits[0, -1]
-    p = torch.softmax(logits.double() / 0.8, -1).numpy()
-    counts = np.bincount(drawn, minlength=len(p))
-    rare = p * 4000 < 5  # pooled: the test needs a few expected counts in each cell
-    observed, expected = (
-        np.append(counts[~rare], counts[rare].sum()),
-        np.append(p[~rare], p[rare].sum()) * 4000,
-    )
-    kept = expected > 0
-    assert counts[rare & (p == 0)].sum() == 0
-    assert chisquare(observed[kept], expected[kept]).pvalue > 1e-4
-
-
 def test_draw_inverts_the_distribution_function():
     logits = torch.log(torch.tensor([[0.2, 0.3, 0.0, 0.5]])).repeat(5, 1)
     tokens, logprobs = draw(logits, torch.tensor([0.0, 0.19, 0.21, 0.51, 0.999999], dtype=torch.float64))
     assert tokens.tolist() == [0, 0, 1, 3, 3]  # token 2 has probability 0
     np.testing.assert_allclose(logprobs.exp(), [0.2, 0.2, 0.3, 0.5, 0.5], rtol=1e-6)
-
-
-def test_new_weights_change_the_samples_and_the_version(engine, policy_folder):
-    item = WorkItem(0, PROMPTS, samples=2, seed=1)
-    before = engine.generate(item)
-    weights = {n: torch.zeros(p.numel()) for n, p in load_policy(str(policy_folder)).named_parameters()}
-    engine.set_weights(weights, 4)
-    after = engine.generate(item)
-    assert (before.version, after.version) == (0, 4)
-    np.testing.assert_allclose(after.logprobs, -np.log(len(engine.chat.tokenizer)), rtol=1e-5)
-
-
-def test_a_prompt_without_room_is_refused(engine):
-    long = [{"role": "user", "content": "tea " * 120}]
-    with pytest.raises(ValueError, match=r"rollout.max_new_tokens=12 exceed the policy's 128 positions"):
-        engine.generate(WorkItem(0, (long,), samples=1, seed=0))
 
 
 @pytest.mark.parametrize("slots", [1, 3, 10])
@@ -154,17 +95,6 @@ def test_an_item_does_not_depend_on_those_before_it(engine, policy_folder):
     after = engine.generate(item)
     assert after.texts == fresh.texts
     np.testing.assert_array_equal(after.logprobs, fresh.logprobs)
-
-
-def test_responses_under_way_keep_the_version_they_began_with(engine, policy_folder):
-    ticket = engine.submit(WorkItem(0, PROMPTS, samples=2, seed=1))
-    engine.advance()
-    engine.set_weights({n: p.detach() for n, p in load_policy(str(policy_folder)).named_parameters()}, 7)
-    later = engine.submit(WorkItem(1, PROMPTS, samples=2, seed=1))
-    found = {}
-    while engine.busy:
-        found |= dict(engine.advance())
-    assert (found[ticket].version, found[later].version) == (0, 7)
 
 
 OTHERS = [

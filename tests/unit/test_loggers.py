@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf import plugins
 from rlhf.loggers import kinds
 from rlhf.loggers.logger import Run, Unreachable
 from rlhf.loggers.loggers import Loggers, check_loggers, send_figures
@@ -374,5 +375,5 @@ def test_an_installed_package_may_bring_a_kind(monkeypatch):
     from importlib.metadata import EntryPoint
 
     point = EntryPoint("mine", "tests.unit.test_loggers:Broken", kinds.GROUP)
-    monkeypatch.setattr(kinds, "entry_points", lambda group: [point] if group == kinds.GROUP else [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == kinds.GROUP else [])
     assert kinds.logger_class("mine") is Broken

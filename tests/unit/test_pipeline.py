@@ -138,6 +138,7 @@ def rollouts() -> Rollouts:
         group=GROUP,
         tokens=tokens,
         logprobs=np.zeros(len(GROUP), np.float32),
+        versions=np.full(len(GROUP), 3, np.int32),
         finished=np.ones(len(GROUP), bool),
         texts=("text",) * len(GROUP),
     )

@@ -108,7 +108,8 @@ def test_a_transform_takes_log_odds_or_the_number_as_it_is(transform, name):
 def test_p_good_reference_and_slope_are_told():
     rollouts = Rollouts(
         0, 0, 0, 1.0, ("p",), np.array([5], np.uint64), Ragged.of([[1]], np.int32), GROUP,
-        Ragged.of([[1], [2]], np.int32), np.zeros(2, np.float32), np.ones(2, bool), ("a", "b"),
+        Ragged.of([[1], [2]], np.int32), np.zeros(2, np.float32), np.zeros(2, np.int32), np.ones(2, bool),
+        ("a", "b"),
     )  # fmt: skip
     scales = SCALES | {"size": Scale("number")}
     raw = np.concatenate([matrix(), [[7.0], [9.0]]], 1).astype(np.float32)

@@ -6,6 +6,7 @@ from importlib import metadata
 import pytest
 from hydra import compose, initialize_config_module
 
+from rlhf import plugins
 from rlhf.config_checks import typed
 from rlhf.sources import kinds
 from rlhf.sources.source import Source
@@ -105,7 +106,7 @@ def test_a_kind_of_another_package_by_its_place(other):
 
 def test_a_kind_of_another_package_by_its_entry_point(other, monkeypatch):
     points = [metadata.EntryPoint("constant", "their_rewards:Constant", kinds.GROUP)]
-    monkeypatch.setattr(kinds, "entry_points", lambda group: points if group == kinds.GROUP else [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == kinds.GROUP else [])
     assert issubclass(kinds.source_class("key", "constant"), Source)
     with pytest.raises(
         ValueError, match=r"key.kind=other is not one of classifier, function, http, judge, constant"
