@@ -35,6 +35,10 @@ POLICIES = {  # as vLLM has no kernel for heads of less than 32 numbers
 }
 
 
+def rollout_of(kind: str, **options) -> RolloutConfig:
+    return RolloutConfig(kind, options, "float32", NEW, TEMPERATURE, 64, 1)
+
+
 @pytest.fixture(scope="module", params=POLICIES)
 def policy(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
@@ -58,7 +62,7 @@ def opened(request, policy):
 
     @contextmanager
     def open_(slots: int = 64, **options):
-        rollout = RolloutConfig(request.param, options, "float32", NEW, TEMPERATURE, slots, 1)
+        rollout = replace(rollout_of(request.param, **options), slots=slots)
         chat = ChatFormat(load_tokenizer(str(policy), "policy.path"), "policy")
         engine = engine_class(rollout).open(str(policy), chat, rollout, "cpu")
         try:
@@ -233,6 +237,47 @@ def test_weights_that_do_not_fit_or_are_no_numbers_are_refused(opened, policy):
 
 def test_settings_that_no_engine_has_are_refused(opened, request):
     kind = request.node.callspec.params["opened"]
-    rollout = RolloutConfig(kind, {"no_such_setting": 1}, "float32", NEW, TEMPERATURE, 8, 1)
+    rollout = rollout_of(kind, no_such_setting=1)
     with pytest.raises(ValueError, match=r"rollout.options.*no_such_setting"):
         engine_class(rollout).check(rollout, 0)
+
+
+def test_an_engine_that_is_none_is_refused():
+    with pytest.raises(
+        ValueError, match=r"rollout.engine=llm is not one of embedded, vllm, nor package.module:Class"
+    ):
+        engine_class(rollout_of("llm"))
+    with pytest.raises(
+        ValueError, match=r"rollout.engine=json:dumps is no subclass of rlhf.generate.engine.Engine"
+    ):
+        engine_class(rollout_of("json:dumps"))
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here")
+def test_vllm_that_is_not_installed_is_told_before_the_run():
+    rollout = rollout_of("vllm")
+    with pytest.raises(ValueError, match=r"rollout.engine=vllm: vLLM cannot be imported .*README"):
+        engine_class(rollout).check(rollout, 0)
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM here")
+def test_settings_of_vllm_are_checked_before_the_run(monkeypatch):
+    from rlhf.generate import vllm_engine
+
+    for options, gpus, line in (
+        ({"seed": 3}, 0, r"rollout.options.seed is set by other keys"),
+        (
+            {"tensor_parallel_size": 2},
+            1,
+            r"tensor_parallel_size=2 needs as many GPUs .* resources.generators.gpus=1",
+        ),
+    ):
+        rollout = rollout_of("vllm", **options)
+        with pytest.raises(ValueError, match=line):
+            engine_class(rollout).check(rollout, gpus)
+    version = vllm_engine.importlib.metadata.version
+    monkeypatch.setattr(
+        vllm_engine.importlib.metadata, "version", lambda n: "5.23.0" if n == "transformers" else version(n)
+    )
+    with pytest.raises(ValueError, match=r"goes with transformers .*, and 5.23.0 is installed"):
+        engine_class(rollout_of("vllm")).check(rollout_of("vllm"), 0)
