@@ -82,7 +82,10 @@ def falls(points: Sequence[Point], aim: float = EQUAL) -> float:
 
 
 def nearest(points: Sequence[Point], aim: float) -> list[Point]:
-    return sorted(points, key=lambda point: abs(math.log(max(point[1], 0.01) / aim)))[:2]
+    """The two runs nearest to a KL, on either side of it where there are such; nearest first."""
+    near = sorted(points, key=lambda point: abs(math.log(max(point[1], 0.01) / aim)))
+    across = [p for p in near[1:] if (p[1] < aim) != (near[0][1] < aim)]
+    return [*near[:1], *(across or near[1:])[:1]]
 
 
 def rlhf(*overrides: str, **environment: str) -> None:
