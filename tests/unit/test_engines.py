@@ -17,7 +17,7 @@ from rlhf.models.load import load_tokenizer
 from rlhf.types import WorkItem
 from tests.tiny import WORDS, config, tokenizer
 
-TEMPERATURE, NEW, DRAWS = 0.8, 12, 2000
+TEMPERATURE, NEW, DRAWS = 0.8, 12, 600
 PROMPTS = tuple(
     [{"role": "user", "content": text}]
     for text in ("what is tea ?", "how do i make good bread ?", "yes", "open a lock !")
