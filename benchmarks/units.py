@@ -13,8 +13,9 @@ the first seed is trained in every scale, and an arm whose runs were then equal 
 scale afterwards.
 
 Writes benchmarks/units.json: {"joint": {arm: {scale: {"mean", "low", "high", "seeds"}}}, "moves": {arm: ...}}, and
-"helpful" and "harmless" as "joint": shares with 95 % t-intervals over seeds. An arm moves by the greatest difference of
-joint between two scales, of each seed.
+"helpful" and "harmless" as "joint": shares with 95 % t-intervals over seeds. "calibrated_minus" is calibrated LSC minus
+the arm, joint, seed by seed; "base" is the base policy's joint. An arm moves by the greatest difference of joint between
+two scales, of each seed.
 """
 
 from __future__ import annotations
@@ -238,8 +239,17 @@ def interval(values: Sequence[float]) -> dict[str, float | int]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": count}
 
 
+def _minus(
+    one: Mapping[int, Sequence[float | None]], other: Mapping[int, Sequence[float | None]], scale: int
+) -> list[float]:
+    """Differences at a scale, of the seeds in which both came so far."""
+    pairs = [(one[seed][scale], other[seed][scale]) for seed in one]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
 def table(every: Mapping[int, Mapping[float, Mapping[str, Sequence[Mapping[str, Any]]]]]) -> dict[str, Any]:
-    result: dict[str, Any] = {"nats": EQUAL, "moves": {}}
+    result: dict[str, Any] = {"nats": EQUAL, "moves": {}, "calibrated_minus": {}}
+    leading: dict[int, list[float | None]] = {}
     for name in METRICS:
         result[name] = {}
         for arm in ARMS:
@@ -253,6 +263,12 @@ def table(every: Mapping[int, Mapping[float, Mapping[str, Sequence[Mapping[str, 
             }
             if name != METRICS[0]:
                 continue
+            leading = leading or by_seed
+            result["calibrated_minus"][arm] = {
+                f"{scale:g}": interval(differences)
+                for i, scale in enumerate(SCALES)
+                if (differences := _minus(leading, by_seed, i))
+            }
             for seed, values in by_seed.items():
                 for scale, value in zip(SCALES, values, strict=True):
                     if value is None:
@@ -262,7 +278,8 @@ def table(every: Mapping[int, Mapping[float, Mapping[str, Sequence[Mapping[str, 
             ]
             if whole:
                 result["moves"][arm] = interval([max(values) - min(values) for values in whole])
-    return result
+    base = [found[SCALES[0]][ARMS[0]][0]["base"]["win/gold/joint"] for found in every.values()]
+    return result | {"base": interval(base)}
 
 
 def main() -> None:

@@ -66,8 +66,8 @@ class Engine(ABC):
         """Replaces the policy's parameters and takes on their version. Responses under way go on with them.
 
         Args:
-            weights: all parameters by their names in the saved policy's model, flat, in any floating dtype; they are
-                copied before it returns.
+            weights: all parameters by their names in the saved policy's model, flat, in any floating dtype; they may be
+                kept until the next call, and do not change until then.
 
         Raises:
             ValueError: a name is missing or unknown, or a size is another.

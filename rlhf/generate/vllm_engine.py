@@ -318,9 +318,8 @@ def _vllm() -> Any:
         ValueError: it is not installed.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is in this process
-    os.environ.setdefault(
-        "VLLM_CPU_OMP_THREADS_BIND", "nobind"
-    )  # else every generator binds itself to core 0
+    # else every generator binds itself to core 0
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:

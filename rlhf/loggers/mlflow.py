@@ -56,7 +56,8 @@ class MlflowLogger:
             )
         self._open()
         if own.mode == "offline":
-            library(KIND, "sqlalchemy", "mlflow"), library(KIND, "alembic", "mlflow")
+            library(KIND, "sqlalchemy", "mlflow")
+            library(KIND, "alembic", "mlflow")
             return
         from mlflow.exceptions import MlflowException
 
