@@ -14,8 +14,8 @@ scale afterwards.
 
 Writes benchmarks/units.json: {"joint": {arm: {scale: {"mean", "low", "high", "seeds"}}}, "moves": {arm: ...}}, and
 "helpful" and "harmless" as "joint": shares with 95 % t-intervals over seeds. "calibrated_minus" is calibrated LSC minus
-the arm, joint, seed by seed; "base" is the base policy's joint. An arm moves by the greatest difference of joint between
-two scales, of each seed.
+the arm, joint, seed by seed; "base" is the base policy's joint. An arm moves by the greatest difference of joint
+between two scales, of each seed.
 """
 
 from __future__ import annotations
