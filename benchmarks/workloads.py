@@ -1,17 +1,20 @@
-"""The workloads of the side-by-side benchmark: random Llama-style policies, two reward models, prompts.
+"""The workloads of the side-by-side benchmark: a Llama-style policy, two reward models, prompts.
 
-Both sides load the same folders, sample from the same policy and take 8 prompts x 8 samples a step. The learning rate
-is 0, so that the work and the lengths of responses stay what they are.
+Those of W1 to W3 are random; W4 is SmolLM2-135M-Instruct with its chat template (`make smollm2`), and two reward models
+of its body with random heads. Both sides load the same folders, sample from the same policy and take 8 prompts x 8
+samples a step. The learning rate is 0, so that the work and the lengths of responses stay what they are.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "smollm2"
 PROMPTS, PER_STEP, SAMPLES = 64, 8, 8
 KL_COEF = 0.05
 
@@ -26,16 +29,30 @@ class Workload:
     prompt: int  # tokens
     new: int  # tokens, at most
     fixed: bool  # every response has `new` tokens: the policy cannot produce the end token
+    known: bool = False  # a model that people know, and not a random one
+    wide: int | None = None  # of the middle of a layer; None: four times `hidden`
+    keys: int | None = None  # of the key and value projections; None: `hidden`
 
-    def flops(self, tokens: float) -> float:
-        """Of one forward pass over `tokens` tokens through the layers and the head, attention left out."""
-        block = 4 * self.hidden**2 + 3 * self.hidden * 4 * self.hidden
-        return 2 * tokens * (self.layers * block + self.hidden * self.vocabulary)
+    @property
+    def intermediate(self) -> int:
+        return self.wide or 4 * self.hidden
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of the matrices of a layer, (out, in)."""
+        d, keys, wide = self.hidden, self.keys or self.hidden, self.intermediate
+        return [(d, d), (keys, d), (keys, d), (d, d), (wide, d), (wide, d), (d, wide)]
+
+    def layers_flops(self, tokens: float) -> float:
+        """Of one forward pass of tokens through the layers, attention left out."""
+        return 2 * tokens * self.layers * sum(a * b for a, b in self.shapes)
 
     def necessary(self, response_tokens: float) -> float:
         """Of one step, each token computed once by each: generation, the reference policy, two reward models, and the
-        policy's forward and backward pass (three forward passes)."""
-        return 7 * self.flops(PER_STEP * self.prompt + response_tokens)
+        policy's forward and backward pass (three forward passes). Words are predicted for responses alone, and not by
+        reward models."""
+        head = 2 * response_tokens * self.hidden * self.vocabulary
+        return 7 * self.layers_flops(PER_STEP * self.prompt + response_tokens) + 5 * head
 
 
 WORKLOADS = {
@@ -44,12 +61,53 @@ WORKLOADS = {
         Workload("W1", "1.3 M parameters, 48 tokens each", 128, 4, 1000, 16, 48, fixed=True),
         Workload("W2", "34 M parameters, geometric lengths, cut at 128", 512, 8, 16, 16, 128, fixed=False),
         Workload("W3", "34 M parameters, prompts of 256 tokens, 32 each", 512, 8, 1000, 256, 32, fixed=True),
+        Workload(
+            "W4",
+            "SmolLM2-135M-Instruct, chat, cut at 64",
+            576,
+            30,
+            49152,
+            38,
+            64,
+            fixed=False,
+            known=True,
+            wide=1536,
+            keys=192,
+        ),
     )
 }
 
 
 def make(workload: Workload, folder: Path) -> None:
-    """Writes policy, rm0, rm1 and prompts.jsonl into `folder`."""
+    """Writes policy, rm0, rm1, prompts.jsonl and eval.jsonl into `folder`."""
+    (_make_known if workload.known else _make_random)(workload, folder)
+
+
+def _make_known(workload: Workload, folder: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaForSequenceClassification
+
+    from benchmarks.smollm2 import make as fetched
+
+    source = fetched()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "policy").symlink_to(source, target_is_directory=True)
+    torch.manual_seed(0)
+    for name in ("rm0", "rm1"):
+        reward = LlamaForSequenceClassification.from_pretrained(source, num_labels=1)
+        reward.config.pad_token_id = reward.config.eos_token_id
+        reward.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder / name)
+    texts = (EXAMPLE / "everyday.txt").read_text(encoding="utf-8").splitlines()[:PROMPTS]
+    _write_prompts(folder, [[{"role": "user", "content": text}] for text in texts])
+
+
+def _write_prompts(folder: Path, prompts: Sequence[Any]) -> None:
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    (folder / "eval.jsonl").write_text(json.dumps({"prompt": prompts[0]}) + "\n")
+
+
+def _make_random(workload: Workload, folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -70,7 +128,7 @@ def make(workload: Workload, folder: Path) -> None:
     common: dict[str, Any] = {
         "vocab_size": workload.vocabulary,
         "hidden_size": workload.hidden,
-        "intermediate_size": 4 * workload.hidden,
+        "intermediate_size": workload.intermediate,
         "num_hidden_layers": workload.layers,
         "num_attention_heads": max(1, workload.hidden // 32),
         "num_key_value_heads": max(1, workload.hidden // 32),
@@ -88,9 +146,7 @@ def make(workload: Workload, folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
     rng = random.Random(0)
     usable = [w for w in words if not w.startswith("<")]
-    prompts = [" ".join(rng.choices(usable, k=workload.prompt)) for _ in range(PROMPTS)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    (folder / "eval.jsonl").write_text(json.dumps({"prompt": usable[0]}) + "\n")
+    _write_prompts(folder, [" ".join(rng.choices(usable, k=workload.prompt)) for _ in range(PROMPTS)])
 
 
 if __name__ == "__main__":  # python -m benchmarks.workloads W1 FOLDER
