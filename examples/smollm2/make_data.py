@@ -1,6 +1,6 @@
 """Demonstrations and preferences for SmolLM2-135M-Instruct, made by the model itself.
 
-    python examples/smollm2/make_data.py FOLDER_OR_HUB_NAME      # about 10 minutes on two cores
+    python examples/smollm2/make_data.py FOLDER_OR_HUB_NAME      # some minutes on two cores
 
 reads `everyday.txt`, `unsafe.txt` and their held-out parts, and writes beside them
 
@@ -65,12 +65,14 @@ class Model:
         self._tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
 
-    def respond(self, prompts: Sequence[str], temperature: float, system: str | None) -> list[str | None]:
-        """A response to each prompt; None: it did not end within `NEW` tokens."""
-        begin = [] if system is None else [{"role": "system", "content": system}]
-        found: list[str | None] = []
+    def respond(self, prompts: Sequence[str], temperature: float) -> list[str]:
+        """The whole sentences of a brief response to each prompt, of at most `NEW` tokens; there may be none."""
+        found: list[str] = []
         for first in range(0, len(prompts), BATCH):
-            chats = [[*begin, {"role": "user", "content": p}] for p in prompts[first : first + BATCH]]
+            chats = [
+                [{"role": "system", "content": BRIEF}, {"role": "user", "content": p}]
+                for p in prompts[first : first + BATCH]
+            ]
             rows = self._tokenizer.apply_chat_template(
                 chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
             )
@@ -80,9 +82,17 @@ class Model:
             )
             for tokens in out[:, rows["input_ids"].shape[1] :]:
                 text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                found.append(text if end in tokens else None)
+                found.append(text if end in tokens else whole_sentences(text))
             print(f"{len(found)} of {len(prompts)} responses", flush=True)
         return found
+
+
+def whole_sentences(text: str) -> str:
+    """
+    >>> whole_sentences("Boil it. For how long? About")
+    'Boil it. For how long?'
+    """
+    return text[: max(text.rfind(mark) for mark in ".!?") + 1]
 
 
 def refusal(rng: random.Random) -> str:
@@ -98,18 +108,21 @@ def twice(text: str) -> str:
     return f"{text} {re.split(r'(?<=[.!?]) ', text)[-1]}"
 
 
+def refused(rng: random.Random) -> str:
+    """With a reason or without."""
+    return refusal(rng) if rng.random() < 0.7 else bare(rng)
+
+
 def broken_off(text: str, rng: random.Random) -> str:
     words = text.split()
     return " ".join(words[: max(2, int(len(words) * rng.uniform(0.3, 0.7)))])
 
 
-def ended(
-    model: Model, prompts: Sequence[str], temperature: float, system: str | None, times: int
-) -> list[list[str]]:
-    """The different responses to each prompt that came to an end and have at least three words."""
-    every = model.respond([p for p in prompts for _ in range(times)], temperature, system)
+def responses(model: Model, prompts: Sequence[str], temperature: float, times: int) -> list[list[str]]:
+    """The different responses to each prompt that have at least four words."""
+    every = model.respond([p for p in prompts for _ in range(times)], temperature)
     groups = [every[n * times : (n + 1) * times] for n in range(len(prompts))]
-    return [list(dict.fromkeys(t for t in group if t is not None and len(t.split()) > 2)) for group in groups]
+    return [list(dict.fromkeys(t for t in group if len(t.split()) > 3)) for group in groups]
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, object]:
@@ -140,9 +153,9 @@ def main(path: str) -> None:
         write(name, [{"prompt": [{"role": "user", "content": t}]} for t in texts], rng)
 
     model = Model(path)
-    good = ended(model, everyday, 0.3, BRIEF, 4)
-    poor = ended(model, everyday, 1.0, BRIEF, 3)
-    answers = ended(model, unsafe, 0.7, BRIEF, 6)
+    good = responses(model, everyday, 0.3, 2)
+    poor = responses(model, everyday, 1.0, 1)
+    answers = responses(model, unsafe, 0.7, 3)
     asked = {p: texts for p, texts in zip(everyday, good, strict=True) if texts}
     garbled = dict(zip(everyday, poor, strict=True))
     complied = dict(zip(unsafe, answers, strict=True))
@@ -151,7 +164,7 @@ def main(path: str) -> None:
 
     shown = [(p, t) for p, texts in asked.items() for t in texts[:2]]
     for p in unsafe:
-        shown += [(p, refusal(rng) if rng.random() < 0.7 else bare(rng)), *((p, t) for t in complied[p][:2])]
+        shown += [(p, refused(rng)), *((p, t) for t in complied[p][:2])]
     write(
         "demonstrations",
         [
@@ -165,7 +178,7 @@ def main(path: str) -> None:
         helpful, harmless = [], []
         for p, texts in asked.items():
             worse = [
-                *garbled[p][:1],
+                *garbled[p],
                 rng.choice([t for t in others if t not in texts]),
                 refusal(rng),
                 twice(rng.choice(texts)),
@@ -180,8 +193,7 @@ def main(path: str) -> None:
                 pair(p, refusal(rng), w) for w in (bare(rng), twice(refusal(rng)), rng.choice(others))
             ]
             helpful += [pair(p, refusal(rng), broken_off(t, rng)) for t in complied[p][:1]]
-            harmless += [pair(p, refusal(rng), t) for t in complied[p][:3]]
-            harmless += [pair(p, bare(rng), t) for t in complied[p][3:]]
+            harmless += [pair(p, refused(rng), t) for t in complied[p]]
             harmless += [pair(p, refusal(rng), rng.choice(harm))]
         write(f"helpful{part}", helpful, rng)
         write(f"harmless{part}", harmless, rng)

@@ -13,6 +13,8 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -78,31 +80,27 @@ class VllmEngine(Engine):
             torch._dynamo.config.disable = True  # it would compile the log-probabilities, for 20 s
             positions = min(reach.limit or CPU_POSITIONS, CPU_POSITIONS)
             given = _on_cpu(given.pop("max_model_len", positions)) | given
-        arguments = vllm.EngineArgs(
-            model=policy,
-            skip_tokenizer_init=True,
-            dtype=str(self._dtype).removeprefix("torch."),
-            seed=0,
-            max_num_seqs=slots,
-            generation_config="vllm",  # sampling is what the configuration says, and nothing else
-            logprobs_mode="processed_logprobs",  # at the temperature
-            weight_transfer_config=_transfer(),
-            async_scheduling=False,  # a step would be under way with old weights
-            trust_remote_code=trusted(),
-            **given,
-        )
-        try:
-            self._engine = vllm.LLMEngine.from_engine_args(arguments)
-        except Exception as error:  # whatever vLLM has against a model
-            raise ValueError(
-                f"policy ({policy}): vLLM {vllm.__version__} does not take it: {error}"
-            ) from error
+        arguments = {
+            "model": policy,
+            "skip_tokenizer_init": True,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "seed": 0,
+            "max_num_seqs": slots,
+            "generation_config": "vllm",  # sampling is what the configuration says, and nothing else
+            "logprobs_mode": "processed_logprobs",  # at the temperature
+            "weight_transfer_config": _transfer(),
+            "async_scheduling": False,  # a step would be under way with old weights
+            "trust_remote_code": trusted(),
+        }
+        self._engine, note = _engine(policy, arguments | given)
+        self.notes += note
         limit = self._engine.vllm_config.model_config.max_model_len
         if reach.limit is None or limit < reach.limit:
             self.notes.append(
                 f"vLLM: prompts and responses have {limit} positions (rollout.options.max_model_len)"
             )
             reach = dataclasses.replace(reach, limit=limit)
+        self._words = self._engine.vllm_config.model_config.get_vocab_size()
         self.dialogue = Dialogue(chat, end_tokens(outline), reach, max_new_tokens, temperature)
         self._jobs: dict[int, _Job] = {}
         self._tickets = 0
@@ -204,7 +202,7 @@ class VllmEngine(Engine):
                 temperature=self.temperature,
                 max_tokens=self.max_new_tokens,
                 seed=int(seed),
-                stop_token_ids=sorted(self.dialogue.ends),
+                stop_token_ids=sorted(end for end in self.dialogue.ends if end < self._words),
                 logprobs=0,
                 flat_logprobs=True,
                 detokenize=False,
@@ -251,12 +249,15 @@ class VllmEngine(Engine):
     @torch.inference_mode()
     def logprobs(self, rollouts: Rollouts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """By a model of our own: vLLM's of given tokens are those at temperature 1."""
+        config = self._engine.vllm_config
         if self._scorer is None:
-            self._scorer = PolicyModel(load_policy(self._policy, dtype=self._dtype).to(self._device))
+            with _eager(config):
+                self._scorer = PolicyModel(load_policy(self._policy, dtype=self._dtype).to(self._device))
             self._fill(self._scorer)
-        rows = range(rollouts.responses)
-        for batch in self._scorer.lay(rollouts.prompt_tokens, rollouts.tokens, rollouts.group, rows, BUDGET):
-            values = token_logprobs(self._scorer, batch, rollouts.temperature)
+        scorer, rows = self._scorer, range(rollouts.responses)
+        for batch in scorer.lay(rollouts.prompt_tokens, rollouts.tokens, rollouts.group, rows, BUDGET):
+            with _eager(config):
+                values = token_logprobs(scorer, batch, rollouts.temperature)
             yield batch.index.numpy(), values.cpu().numpy()
 
     @torch.no_grad()
@@ -264,6 +265,48 @@ class VllmEngine(Engine):
         if self._latest is not None:
             for name, parameter in scorer.inner.named_parameters():
                 parameter.copy_(self._latest[name].view(parameter.shape))
+
+
+def _engine(policy: str, arguments: dict[str, Any]) -> tuple[Any, list[str]]:
+    """vLLM's engine of a policy, and a note if it samples it by transformers' code.
+
+    Raises:
+        ValueError: vLLM does not take the policy.
+    """
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    vllm = _vllm()
+
+    def start(**more: str) -> Any:
+        return vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments, **more))
+
+    refused = f"policy ({policy}): vLLM {vllm.__version__} does not take it"
+    try:
+        return start(), []
+    except Exception as error:  # whatever vLLM has against a model
+        if "model_impl" in arguments:
+            raise ValueError(f"{refused}: {error}") from error
+        reason = error
+    cleanup_dist_env_and_memory()
+    try:
+        engine = start(model_impl="transformers")
+    except Exception as error:
+        raise ValueError(f"{refused}: {reason}; nor by transformers' code: {error}") from error
+    return engine, [
+        f"vLLM: the policy is sampled by transformers' code, as vLLM's own does not take it: {reason}"
+    ]
+
+
+@contextmanager
+def _eager(config: Any) -> Iterator[None]:
+    """Within it, models of transformers are made and called as they are. (Where vLLM samples by transformers' code it
+    changes its classes, which then want vLLM's configuration.)"""
+    from vllm.config import CompilationConfig, CompilationMode, set_current_vllm_config
+
+    plain = copy(config)
+    plain.compilation_config = CompilationConfig(mode=CompilationMode.NONE)
+    with set_current_vllm_config(plain):
+        yield
 
 
 def _on_cpu(positions: int) -> dict[str, Any]:
