@@ -69,7 +69,7 @@ class VllmEngine(Engine):
         dtype: str = "float32",
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        vllm, outline = _vllm(), policy_outline(policy)
+        outline = policy_outline(policy)
         self._policy, self._device, self._dtype = policy, device, dtype_of(dtype, device)
         self._shapes = {name: parameter.shape for name, parameter in outline.named_parameters()}
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
