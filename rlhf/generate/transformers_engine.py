@@ -133,6 +133,15 @@ class TransformersEngine(Engine):
         self._done: list[_Job] = []
 
     @classmethod
+    def check(cls, rollout: RolloutConfig, gpus: float) -> None:
+        super().check(rollout, gpus)
+        if gpus > 1:
+            raise ValueError(
+                f"resources.generators.gpus={gpus:g}: rollout.engine={rollout.engine} samples on one GPU; raise "
+                "resources.generators.count instead"
+            )
+
+    @classmethod
     def open(cls, policy: str, chat: ChatFormat, rollout: RolloutConfig, device: str) -> Self:
         return cls(
             load_policy(policy),

@@ -129,6 +129,12 @@ class VllmEngine(Engine):
                 f"resources.generators.gpus={gpus:g}"
             )
 
+        if 0 < gpus < 1 and not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(options):
+            raise ValueError(
+                f"resources.generators.gpus={gpus:g}: vLLM would take most of a GPU that it shares; give "
+                "rollout.options.gpu_memory_utilization, the part of its memory that vLLM may take"
+            )
+
     @classmethod
     def identity(cls, rollout: RolloutConfig) -> object:
         return (super().identity(rollout), importlib.metadata.version(_distribution()))

@@ -271,6 +271,7 @@ def test_settings_of_vllm_are_checked_before_the_run(monkeypatch):
             1,
             r"tensor_parallel_size=2 needs as many GPUs .* resources.generators.gpus=1",
         ),
+        ({}, 0.25, r"generators.gpus=0.25: .* give rollout.options.gpu_memory_utilization"),
     ):
         rollout = rollout_of("vllm", **options)
         with pytest.raises(ValueError, match=line):
