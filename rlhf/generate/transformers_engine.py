@@ -186,8 +186,9 @@ class TransformersEngine(Engine):
         assert rows is not None
         uniform, steps = self._uniform(rows)
         tokens, logprobs = draw(rows.logits / self.temperature, uniform)
-        self._check(rows, logprobs)
-        going = self._record(rows, steps, tokens.cpu().numpy(), logprobs.cpu().numpy())
+        drawn, found = tokens.cpu().numpy(), logprobs.cpu().numpy()
+        self._check(rows, found)
+        going = self._record(rows, steps, drawn, found)
         done = [(job.ticket, self._rollouts(job)) for job in self._done]
         self._done = []
         if not going.any() and not (self._cache.joins and self._waiting):
@@ -206,10 +207,10 @@ class TransformersEngine(Engine):
         self._rows = rows
         return done
 
-    def _check(self, rows: _Rows, logprobs: torch.Tensor) -> None:
+    def _check(self, rows: _Rows, logprobs: np.ndarray) -> None:
         """Refuses what no distribution gave: logits that are not all numbers draw a token of probability nan."""
-        bad = torch.nonzero(~torch.isfinite(logprobs)).flatten().tolist()
-        if bad:
+        bad = np.flatnonzero(~np.isfinite(logprobs))
+        if len(bad):
             prompt = rows.prompts[bad[0]]
             item = prompt.job.item
             raise ValueError(

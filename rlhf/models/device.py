@@ -83,8 +83,8 @@ def gpu_fault() -> str | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
     return (
-        f"PyTorch {torch.__version__} for {build} finds no GPU here{shown}: there is none, or the driver is too old for "
-        "it; `rlhf doctor` says which"
+        f"PyTorch {torch.__version__} for {build} finds no GPU here{shown}: there is none, or the driver is too old; "
+        "`rlhf doctor` says which"
     )
 
 
