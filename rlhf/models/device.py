@@ -123,3 +123,23 @@ def is_gpu(device: str) -> bool:
     (True, False)
     """
     return device.partition(":")[0] == GPU
+
+
+def release(device: str) -> None:
+    """Gives memory of models that are no longer used back to the device."""
+    import gc
+
+    gc.collect()
+    if is_gpu(device):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def collectives() -> str | None:
+    """The library for collectives among GPUs, and its version; None: this PyTorch has none."""
+    import torch
+
+    if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
+        return None
+    return "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
