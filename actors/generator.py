@@ -115,6 +115,8 @@ class Generator:
                     done = engine.advance()
                     self._progress += 1
                 self._recorder.add("sample", started)
+                if done and not engine.busy:
+                    engine.rest()  # before the answer, for which the learner waits
                 for ticket, rollouts in done:
                     self._results.pop(ticket).set_result(rollouts)
                 await asyncio.sleep(0)

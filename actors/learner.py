@@ -172,7 +172,7 @@ class LearnerRank:
         from rlhf.learn.schedule import learning_rate
         from rlhf.learn.tasks import batch_indices
 
-        return [
+        metrics = [
             self.trainer.step(
                 (data, batch_indices(len(data), training.batch_size, step, seed)),
                 learning_rate(step, training),
@@ -180,6 +180,8 @@ class LearnerRank:
             )
             for step in range(start, stop)
         ]
+        self._compute.rest()
+        return metrics
 
     def values(self, data: Any, indices: np.ndarray) -> np.ndarray:
         """What each of these rows is measured by, float32 [len(indices)]."""
@@ -215,6 +217,7 @@ class LearnerRank:
             if not coefficients.inspect:
                 raise
             raise ValueError(f"{error}; the batch is in {self._kept(experiences, coefficients)}") from error
+        self._compute.rest()
         return metrics, self._recorder.take()
 
     def _kept(self, experiences: list[Experience], coefficients: Coefficients) -> Path:
@@ -241,7 +244,9 @@ class LearnerRank:
 
     def log_ratios(self, rollouts: list[Any]) -> np.ndarray:
         """log policy - log reference of each response of rollouts, given as references; float64 [B]."""
-        return self.aligner.log_ratios(ray.get(rollouts))
+        found = self.aligner.log_ratios(ray.get(rollouts))
+        self._compute.rest()
+        return found
 
     def save(self, path: str) -> None:
         self.trainer.save(Path(path))

@@ -54,6 +54,7 @@ class RewardReplica:
         self, name: str, source: Source, place: Place, columns: list[ray.ObjectRef], compute: Compute
     ) -> None:
         """columns: for sources that read them, of each prompt by its id."""
+        self._compute = compute
         set_threads(compute.threads)
         keep_memory()
         yield_to_learners()
@@ -121,6 +122,7 @@ class RewardReplica:
                 rewards = as_columns(source.score(batch))
                 for column, (name, scale) in enumerate(self._scales.items()):
                     check_scale_of(f"reward source '{name}'", scale, rewards[:, column], batch)
+            self._compute.rest()
             return rewards, self._recorder.take()
 
 

@@ -24,6 +24,7 @@ from rlhf.generate.dialogue import Dialogue, Sampled
 from rlhf.generate.engine import Engine
 from rlhf.generate.proof import Proof
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
+from rlhf.models.device import is_gpu, release
 from rlhf.models.load import end_tokens, load_policy
 from rlhf.models.packed import pack, receivers
 from rlhf.models.precision import cast, dtype_of
@@ -152,6 +153,12 @@ class TransformersEngine(Engine):
             device=device,
             dtype=rollout.dtype,
         )
+
+    def rest(self) -> None:
+        """Keys and values went with the last response; what PyTorch keeps of their memory goes here."""
+        assert not self.busy
+        if is_gpu(self.device):
+            release(self.device)
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:

@@ -21,18 +21,19 @@ class Compute:
     """What a process of a role computes with.
 
     >>> Compute.of(RoleConfig(count=1, cpus=2.5, gpus=0.5))
-    Compute(device='cuda', backend='nccl', accelerator='cuda', threads=2)
+    Compute(device='cuda', backend='nccl', accelerator='cuda', threads=2, shared=True)
     """
 
     device: str  # as PyTorch calls it
     backend: str  # of collectives among such processes
     accelerator: str  # as DeepSpeed calls it
     threads: int  # of PyTorch's own on the host
+    shared: bool  # whether other processes have parts of the same GPU
 
     @classmethod
     def of(cls, role: RoleConfig) -> Compute:
         device = GPU if role.gpus > 0 else CPU
-        return cls(device, BACKENDS[device], device, max(1, int(role.cpus)))
+        return cls(device, BACKENDS[device], device, max(1, int(role.cpus)), 0 < role.gpus < 1)
 
     def check(self, key: str) -> None:
         """In the process itself.
@@ -42,6 +43,11 @@ class Compute:
         """
         if self.device == GPU and (fault := gpu_fault()) is not None:
             raise ValueError(f"{key}.gpus: {fault}")
+
+    def rest(self) -> None:
+        """Before an answer: who shares the GPU, and waits for it, gets the memory that was kept for the next call."""
+        if self.shared:
+            release(self.device)
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def is_gpu(device: str) -> bool:
 
 
 def release(device: str) -> None:
-    """Gives memory of models that are no longer used back to the device."""
+    """Gives memory that no tensor is in back to the device, for other processes."""
     import gc
 
     gc.collect()

@@ -23,7 +23,9 @@ def test_backend_and_accelerator_follow_from_the_device():
     on_cpu, on_gpu = Compute.of(RoleConfig(1, 0.4, 0.0)), Compute.of(RoleConfig(1, 3.0, 0.25))
     assert (on_cpu.device, on_cpu.backend, on_cpu.accelerator, on_cpu.threads) == ("cpu", "gloo", "cpu", 1)
     assert (on_gpu.device, on_gpu.backend, on_gpu.accelerator, on_gpu.threads) == ("cuda", "nccl", "cuda", 3)
+    assert (on_cpu.shared, on_gpu.shared, Compute.of(RoleConfig(1, 3.0, 1.0)).shared) == (False, True, False)
     on_cpu.check("resources.learner")
+    on_cpu.rest()
 
 
 @pytest.mark.skipif(BUILT, reason="this PyTorch is built for GPUs")
