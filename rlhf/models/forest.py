@@ -37,6 +37,7 @@ class Span:
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a pass ask for the same
+@torch.inference_mode(False)  # a pass with gradients may ask after one without
 def spans(trees: tuple[Tree, ...], device: torch.device, dtype: torch.dtype) -> tuple[Span, ...]:
     """The spans of a flat sequence, in their order, each token in one; masks of this device and dtype."""
     branches, roots = (torch.from_numpy(x).to(device) for x in _labels(trees))

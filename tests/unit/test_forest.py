@@ -105,6 +105,16 @@ def test_every_token_is_in_one_span_and_masks_are_bounded():
     assert spans(many, torch.device("cpu"), torch.float32) is spans(many, torch.device("cpu"), torch.float32)
 
 
+def test_a_pass_with_gradients_may_follow_one_in_inference_mode():
+    trees, given = (Tree(3, (2, 2)), Tree(2)), torch.randn(1, 1, 9, 4)
+    with torch.inference_mode():
+        attention(torch.nn.Module(), given, given, given, None, trees=trees, masked=True)
+    query = given.clone().requires_grad_()
+    out, _ = attention(torch.nn.Module(), query, given, given, None, trees=trees, masked=True)
+    out.sum().backward()
+    assert query.grad.isfinite().all()
+
+
 def learnt(policy: PolicyModel, lay, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Log-probabilities of responses to shared prompts, the gradient of their weighted sum, and whether any was
     packed."""
