@@ -30,7 +30,8 @@ def examine(config: Config, folder: Path, say: Callable[[str], None]) -> bool:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    # DeepSpeed, which comes with what is imported here, would look for itself and print a warning
+    os.environ.setdefault("DS_ACCELERATOR", GPU if gpu_count() else CPU)
     started = time.perf_counter()
     set_threads(Compute.of(config.resources.generators).threads)
     counts = dict.fromkeys((OK, WARN, FAIL), 0)

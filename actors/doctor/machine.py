@@ -93,9 +93,7 @@ def devices(config: Config) -> Iterator[Finding]:
 
 
 def _driver(path: Path) -> str:
-    """
-    NVIDIA's file says "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  ...".
-    """
+    """Its version. NVIDIA's file says "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  ..."."""
     text = path.read_text()
     found = re.search(r"\b\d+\.\d+(?:\.\d+)*\b", text)
     return found[0] if found else text.splitlines()[0]
