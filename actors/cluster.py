@@ -65,8 +65,7 @@ class Cluster:
             raise ValueError(f"{where}: {error}") from error
         if self.own:
             guard(Path(ray._private.worker._global_node.get_session_dir_path()))
-        offer = ray.cluster_resources()
-        check_offer(config, {kind: offer.get(kind, 0.0) for kind in ("CPU", "GPU")})
+        check_offer(config, _nodes())
         self.seconds = time.perf_counter() - started
 
     def describe(self) -> str:
@@ -123,6 +122,12 @@ class Births:
         found = self.ended()
         lasting, self._seen = self._seen & found.keys(), set(found)
         return f"{found[min(lasting)]} ended while Ray was started" if lasting else None
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The CPUs and GPUs of each node of the cluster."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [{kind: offer.get(kind, 0.0) for kind in ("CPU", "GPU")} for offer in alive]
 
 
 def _processes() -> list[tuple[str, subprocess.Popen]]:

@@ -13,6 +13,7 @@ from actors.resources import keep_memory, set_threads, yield_to_learners
 from actors.stuck import place
 from rlhf.config import RoleConfig, RolloutConfig
 from rlhf.generate.engine import Engine
+from rlhf.models.device import Compute
 from rlhf.timeline import Recorder, Span
 from rlhf.types import Rollouts, WorkItem
 
@@ -38,13 +39,14 @@ class Generator:
     def __init__(
         self, number: int, rollout: RolloutConfig, chat_template: str | None, role: RoleConfig
     ) -> None:
-        set_threads(role.cpus)
+        self._compute = Compute.of(role)
+        set_threads(self._compute.threads)
         keep_memory()
         yield_to_learners()
         from rlhf.generate.engines import engine_class
 
         self._kind = engine_class(rollout)  # imported now, and not in the first call
-        self._rollout, self._template, self._role = rollout, chat_template, role
+        self._rollout, self._template = rollout, chat_template
         self._engine: Engine | None = None
         self._recorder = Recorder(f"generator {number}")
         self._work: asyncio.Task | None = None
@@ -68,11 +70,11 @@ class Generator:
 
         if self._work is not None:  # of a stage that an error ended: its callers are answered first
             await self._work
-        set_threads(self._role.cpus)  # of the thread that samples
+        set_threads(self._compute.threads)  # of the thread that samples
+        self._compute.check("resources.generators")
         chat = ChatFormat(load_tokenizer(policy, "policy.path"), "policy", self._template)
-        device = "cuda" if self._role.gpus > 0 else "cpu"
         self._drop()
-        engine = self._engine = self._kind.open(policy, chat, self._rollout, device)
+        engine = self._engine = self._kind.open(policy, chat, self._rollout, self._compute.device)
         return engine.notes
 
     async def set_weights(self, weights: Any, version: int) -> bool:
@@ -113,6 +115,8 @@ class Generator:
                     done = engine.advance()
                     self._progress += 1
                 self._recorder.add("sample", started)
+                if done and not engine.busy:
+                    engine.rest()  # before the answer, for which the learner waits
                 for ticket, rollouts in done:
                     self._results.pop(ticket).set_result(rollouts)
                 await asyncio.sleep(0)

@@ -5,6 +5,7 @@ rlhf -m utility=lsc,linear                 a sweep
 rlhf experiment=study                      the comparison of methods, a sweep of conf/arm
 rlhf --cfg job                             the composed configuration
 rlhf serve ...                             the rewards of such a run over HTTP
+rlhf doctor ...                            whether this machine can do that
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import hydra
@@ -29,15 +33,15 @@ from rlhf.config_checks import typed
 from rlhf.config_serving import to_serve
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "conf"
-_serving = False  # whether the command is `rlhf serve`
+_serving = _examining = False  # whether the command is `rlhf serve`, or `rlhf doctor`
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a submitted job
 
 
 def main() -> None:
     """The console script. A user's error ends it with status 1 and one line; SIGTERM with 143, SIGINT with 130."""
-    global _serving
-    if sys.argv[1:2] == ["serve"]:
-        _serving = True
+    global _serving, _examining
+    if sys.argv[1:2] in (["serve"], ["doctor"]):
+        _serving, _examining = sys.argv[1] == "serve", sys.argv[1] == "doctor"
         del sys.argv[1]
     os.environ.setdefault("RLHF_OUTPUT_DIR", _default_output())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and prints none
@@ -52,7 +56,8 @@ def main() -> None:
     except FileNotFoundError:
         sys.exit("error: the working directory was deleted; call the command from another")
     try:
-        _run()
+        with _own_folder() if _examining else nullcontext():
+            _run()
         if Sweep.current is not None:
             Sweep.current.finish()
     except Ended as ended:
@@ -63,6 +68,16 @@ def main() -> None:
         sys.exit(told(error))
     finally:
         Sweep.close()
+
+
+@contextmanager
+def _own_folder() -> Iterator[None]:
+    """For what `rlhf doctor` makes: a run's outputs are left alone."""
+    if sys.argv[1:2] and sys.argv[1] in ("-m", "--multirun"):
+        sys.exit("error: rlhf doctor is no sweep: leave -m out")
+    with tempfile.TemporaryDirectory(prefix="rlhf-doctor-") as folder:
+        sys.argv += [f"hydra.run.dir={folder}", "~hydra.callbacks.sweep"]
+        yield
 
 
 def _default_output() -> str:
@@ -77,6 +92,11 @@ def _run(values: DictConfig) -> None:
     session = Session()
     try:
         config = typed(values, _serving)
+        if _examining:
+            from actors.doctor.command import examine
+            from rlhf.progress import View
+
+            sys.exit(0 if examine(config, folder, View("plain").line) else 1)
         if _serving and Sweep.current is not None:
             raise ValueError("rlhf serve is no sweep: leave -m out")
         if Sweep.current is None:

@@ -21,6 +21,7 @@ from actors.resources import free_memory, keep_memory, set_threads
 from actors.stuck import place, stacks
 from rlhf.checksums import checksum
 from rlhf.config import DeepSpeedConfig, RoleConfig, TrainingConfig
+from rlhf.models.device import Compute, is_gpu
 from rlhf.timeline import Recorder, Span
 from rlhf.types import Experience
 
@@ -77,16 +78,16 @@ class LearnerRank:
         self, rank: int, world: int, config: DeepSpeedConfig, role: RoleConfig, patience: float
     ) -> None:
         """patience: seconds that a collective waits for other ranks: who is stuck is found out otherwise."""
-        self.rank, self.world, self.config, self.role, self._patience = rank, world, config, role, patience
+        self.rank, self.world, self.config, self._patience = rank, world, config, patience
+        self._compute = Compute.of(role)
         self._recorder = Recorder(f"learner {rank}")
         self._weights: Weights | None = None  # published last
         self._snapshot: Snapshot | None = None
         self._trainers: dict[str, Trainer] = {}
         self._beats = 0
-        set_threads(role.cpus)
+        set_threads(self._compute.threads)
         keep_memory()
-        if role.gpus == 0:
-            os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["DS_ACCELERATOR"] = self._compute.accelerator
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
         import deepspeed  # noqa: F401 - now, while the driver prepares the data
 
@@ -114,7 +115,7 @@ class LearnerRank:
 
     def join(self, address: str, port: int) -> None:
         """Joins the ranks' process group; returns when all have."""
-        gpu = self.role.gpus > 0
+        self._compute.check("resources.learner")
         os.environ.update(
             MASTER_ADDR=address,
             MASTER_PORT=str(port),
@@ -125,10 +126,10 @@ class LearnerRank:
         import deepspeed
         import deepspeed.ops
 
-        if not gpu:  # gloo serves; the shared-memory op would be compiled at start
+        if not is_gpu(self._compute.device):  # gloo serves; the shared-memory op would be compiled at start
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
-            "nccl" if gpu else "gloo",
+            self._compute.backend,
             auto_mpi_discovery=False,
             verbose=False,
             timeout=timedelta(seconds=self._patience),
@@ -137,7 +138,7 @@ class LearnerRank:
     def load(self, task: Task, weight_decay: float, max_grad_norm: float) -> list[str]:
         """What to tell of how the model is computed."""
         self._begin()
-        model, objective = task.build(self._device)
+        model, objective = task.build(self._compute.device)
         self.trainer = self._trainer(model, weight_decay, max_grad_norm)
         self.trainer.objective = objective
         self._trainers = {"model": self.trainer}
@@ -145,23 +146,19 @@ class LearnerRank:
 
     def _begin(self) -> None:
         """Another task: nothing of the one before is needed."""
-        set_threads(self.role.cpus)  # of the thread that trains
+        set_threads(self._compute.threads)  # of the thread that trains
         self._weights = self._snapshot = None
         self._trainers = {}
 
     def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> list[str]:
         self._begin()
         make = partial(self._trainer, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-        self.aligner = task.start(self._device, make)
+        self.aligner = task.start(self._compute.device, make)
         self.trainer = self.aligner.policy
         self._trainers = {"policy": self.trainer}
         if self.aligner.critic is not None:
             self._trainers["critic"] = self.aligner.critic
         return self.aligner.notes
-
-    @property
-    def _device(self) -> str:
-        return "cuda" if self.role.gpus > 0 else "cpu"
 
     def _trainer(self, model: Any, weight_decay: float, max_grad_norm: float) -> Trainer:
         from rlhf.learn.trainer import Trainer
@@ -175,7 +172,7 @@ class LearnerRank:
         from rlhf.learn.schedule import learning_rate
         from rlhf.learn.tasks import batch_indices
 
-        return [
+        metrics = [
             self.trainer.step(
                 (data, batch_indices(len(data), training.batch_size, step, seed)),
                 learning_rate(step, training),
@@ -183,6 +180,8 @@ class LearnerRank:
             )
             for step in range(start, stop)
         ]
+        self._compute.rest()
+        return metrics
 
     def values(self, data: Any, indices: np.ndarray) -> np.ndarray:
         """What each of these rows is measured by, float32 [len(indices)]."""
@@ -218,6 +217,7 @@ class LearnerRank:
             if not coefficients.inspect:
                 raise
             raise ValueError(f"{error}; the batch is in {self._kept(experiences, coefficients)}") from error
+        self._compute.rest()
         return metrics, self._recorder.take()
 
     def _kept(self, experiences: list[Experience], coefficients: Coefficients) -> Path:
@@ -244,7 +244,9 @@ class LearnerRank:
 
     def log_ratios(self, rollouts: list[Any]) -> np.ndarray:
         """log policy - log reference of each response of rollouts, given as references; float64 [B]."""
-        return self.aligner.log_ratios(ray.get(rollouts))
+        found = self.aligner.log_ratios(ray.get(rollouts))
+        self._compute.rest()
+        return found
 
     def save(self, path: str) -> None:
         self.trainer.save(Path(path))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import socket
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from actors.address import check_form, given_address
 from rlhf.config import Config, RoleConfig
+from rlhf.models.device import Compute, gpu_count
 
 
 def actor_options(role: RoleConfig) -> dict[str, Any]:
@@ -27,16 +32,12 @@ def beside_driver() -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-def threads(cpus: float) -> int:
-    return max(1, int(cpus))
-
-
-def set_threads(cpus: float) -> None:
-    """An actor computes with as many threads as it was given CPUs, one at least."""
-    os.environ["OMP_NUM_THREADS"] = str(threads(cpus))
+def set_threads(count: int) -> None:
+    """An actor computes with as many threads as `Compute` says."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
     import torch
 
-    torch.set_num_threads(threads(cpus))
+    torch.set_num_threads(count)
 
 
 def keep_memory() -> None:
@@ -77,14 +78,19 @@ def room() -> str:
     return "free are " + ", ".join(f"{free.get(k, 0):g} of {every[k]:g} {k}s" for k in kinds)
 
 
-def asked(config: Config) -> dict[str, float]:
-    """CPUs and GPUs that all roles ask for together."""
+def asked(config: Config) -> dict[str, RoleConfig]:
+    """What all processes of each role ask for, by the role's key. Rewards that are models, on a GPU, and others, which
+    need none, are two."""
     r, sources = config.resources, [*config.reward_models.values(), *config.evaluators.values()]
     models = sum(source.uses_device for source in sources)
-    roles = (r.generators, r.learner)
+    others = len(sources) - models
     return {
-        "CPU": sum(role.cpus * role.count for role in roles) + r.reward.cpus * r.reward.count * len(sources),
-        "GPU": sum(role.gpus * role.count for role in roles) + r.reward.gpus * r.reward.count * models,
+        "resources.generators": r.generators,
+        "resources.learner": r.learner,
+        "resources.reward": replace(r.reward, count=r.reward.count * models),
+        "resources.reward, of sources without a model": replace(
+            r.reward, count=r.reward.count * others, gpus=0.0
+        ),
     }
 
 
@@ -92,8 +98,8 @@ def check_machine(config: Config) -> None:
     """What can be known before Ray starts.
 
     Raises:
-        ValueError: more learner ranks or CPUs than there are here, a port in use, or an address that is none; it names
-            the key and the number.
+        ValueError: more learner ranks, CPUs or GPUs than there are here, GPUs that PyTorch cannot use, a port in use,
+            or an address that is none; it names the key and the number.
     """
     resources = config.resources
     given = given_address(resources)
@@ -107,28 +113,89 @@ def check_machine(config: Config) -> None:
                 f"resources.learner.count={ranks} asks for {ranks} learner ranks, but this machine has {here} CPUs; "
                 "lower it, or give a cluster by resources.address"
             )
-        check_offer(config, {"CPU": here})
+        check_gpus(config)
+        wanted = any(role.gpus for role in asked(config).values())
+        check_offer(config, [{"CPU": here, "GPU": gpu_count()} if wanted else {"CPU": here}])
     for key in ("master_port", "dashboard_port"):
         port = getattr(resources, key)
         if port is not None:
             check_port(f"resources.{key}", port)
 
 
-def check_offer(config: Config, offered: dict[str, float]) -> None:
-    """Refuses what can never be placed; `offered` has what is known, by "CPU" and "GPU".
+def check_gpus(config: Config) -> None:
+    """For roles that run on this machine.
 
-    An autoscaling cluster may yet grow: there nothing is refused.
+    Raises:
+        ValueError: a role asks for GPUs, and this PyTorch can use none; it names the role.
+    """
+    for key, role in asked(config).items():
+        if role.count:
+            Compute.of(role).check(key)
+
+
+def check_offer(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuses what can never be placed. `nodes`: what is known of each, by "CPU" and "GPU".
+
+    An autoscaling cluster may yet grow: there nothing is refused. What is accepted may still not fit, where roles of
+    several sizes share nodes: the log then says who waits.
+
+    Raises:
+        ValueError: it names the role, what it asks for and what there is.
     """
     if config.resources.autoscaling:
         return
-    roles = asked(config)
-    for kind, have in offered.items():
-        if roles[kind] > have + 1e-6:
+    roles = {key: role for key, role in asked(config).items() if role.count}
+    for kind in ("CPU", "GPU"):
+        if not all(kind in node for node in nodes):
+            continue
+        have = sum(node[kind] for node in nodes)
+        every = {key: role.count * _share(role, kind) for key, role in roles.items()}
+        total = sum(every.values())
+        if total > have + 1e-6:
+            listed = ", ".join(f"{key} for {n:g}" for key, n in every.items() if n)
             raise ValueError(
-                f"resources: the roles ask for {roles[kind]:g} {kind}s together, there are {have:g}; lower "
+                f"resources: the roles ask for {total:g} {kind}s together, there are {have:g} ({listed}); lower "
                 f"the counts or {kind.lower()}s of resources.{{generators,learner,reward}}, "
                 "or set resources.autoscaling=true"
             )
+    for key, role in roles.items():
+        places = sum(_places(role, node) for node in nodes)
+        if places < role.count:
+            raise ValueError(
+                f"{key} asks for {role.count} processes of {role.cpus:g} CPUs and {role.gpus:g} GPUs each, and there "
+                f"is room for {places:g} ({_listed(nodes)}): a process is on one node, and a part of a GPU on one GPU; "
+                "lower its count, cpus or gpus, or set resources.autoscaling=true"
+            )
+
+
+def _share(role: RoleConfig, kind: str) -> float:
+    return role.cpus if kind == "CPU" else role.gpus
+
+
+def _places(role: RoleConfig, node: Mapping[str, float]) -> float:
+    """Processes of a role that have room on a node, if it is alone there.
+
+    >>> _places(RoleConfig(count=1, cpus=2, gpus=0.4), {"CPU": 64, "GPU": 3})
+    6
+    """
+    small = 1e-6  # of sums of fractions
+    found = math.inf
+    if role.cpus > 0 and "CPU" in node:
+        found = math.floor(node["CPU"] / role.cpus + small)
+    if role.gpus > 0 and "GPU" in node:
+        gpus = math.floor(node["GPU"] + small)
+        fit = gpus * math.floor(1 / role.gpus + small) if role.gpus < 1 else math.floor(gpus / role.gpus)
+        found = min(found, fit)
+    return found
+
+
+def _listed(nodes: Sequence[Mapping[str, float]]) -> str:
+    """
+    >>> _listed([{"CPU": 8.0}, {"CPU": 96.0, "GPU": 8.0}, {"CPU": 96.0, "GPU": 8.0}])
+    '1 node of 8 CPUs, 2 nodes of 96 CPUs and 8 GPUs'
+    """
+    alike = Counter(" and ".join(f"{node[k]:g} {k}s" for k in ("CPU", "GPU") if k in node) for node in nodes)
+    return ", ".join(f"{n} node{'s' if n > 1 else ''} of {kind}" for kind, n in alike.items())
 
 
 def check_port(key: str, port: int, host: str = "127.0.0.1") -> None:

@@ -25,9 +25,10 @@ from ray.serve.config import HTTPOptions
 
 from actors.failures import PATIENCE
 from actors.fault import Fault
-from actors.resources import keep_memory, room, set_threads, yield_to_learners
+from actors.resources import actor_options, keep_memory, room, set_threads, yield_to_learners
 from actors.watchdog import deadline
-from rlhf.config import RecoveryConfig, ResourcesConfig
+from rlhf.config import RecoveryConfig, ResourcesConfig, RoleConfig
+from rlhf.models.device import Compute
 from rlhf.sources.answers import check_scale_of
 from rlhf.sources.source import Batch, Place, RewardSource, Source, as_columns
 from rlhf.timeline import Recorder, Span
@@ -50,10 +51,11 @@ class RewardReplica:
     start again and again: every call says why."""
 
     def __init__(
-        self, name: str, source: Source, place: Place, columns: list[ray.ObjectRef], cpus: float
+        self, name: str, source: Source, place: Place, columns: list[ray.ObjectRef], compute: Compute
     ) -> None:
         """columns: for sources that read them, of each prompt by its id."""
-        set_threads(cpus)
+        self._compute = compute
+        set_threads(compute.threads)
         keep_memory()
         yield_to_learners()
         self._recorder = Recorder(f"reward {name}")
@@ -62,6 +64,7 @@ class RewardReplica:
         self._scales = {reward: own.unit for reward, own in source.names(name).items()}
         self._fault: ValueError | None = None
         try:
+            compute.check("resources.reward")
             self._source = source.open(name, place)
         except ValueError as error:
             self._fault = error
@@ -119,6 +122,7 @@ class RewardReplica:
                 rewards = as_columns(source.score(batch))
                 for column, (name, scale) in enumerate(self._scales.items()):
                     check_scale_of(f"reward source '{name}'", scale, rewards[:, column], batch)
+            self._compute.rest()
             return rewards, self._recorder.take()
 
 
@@ -250,14 +254,14 @@ class RewardPool:
         )
         read = any(source.reads_columns for source in sources.values())
         self._columns = [ray.put(columns())] if read else []  # kept for replicas that start later
-        device = "cuda" if resources.reward.gpus > 0 else "cpu"
+        computes = {name: Compute.of(_role(source, resources)) for name, source in sources.items()}
         deployments = {
             name: _deployment(name, source, resources, recovery).bind(
                 name,
                 source,
-                Place(paths.get(name), device if source.uses_device else "cpu", dtype, budget),
+                Place(paths.get(name), computes[name].device, dtype, budget),
                 self._columns if source.reads_columns else [],
-                resources.reward.cpus,
+                computes[name],
             )
             for name, source in sources.items()
         }
@@ -361,13 +365,18 @@ def columns_of(columns: Columns, ids: Sequence[int]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in sorted({n for row in rows for n in row})}
 
 
+def _role(source: Source, resources: ResourcesConfig) -> RoleConfig:
+    """What each replica of a source is given: a GPU only where it is a model."""
+    return resources.reward if source.uses_device else replace(resources.reward, gpus=0.0)
+
+
 def _deployment(name: str, source: Source, resources: ResourcesConfig, recovery: RecoveryConfig) -> Any:
-    role = resources.reward
+    role = _role(source, resources)
     options: dict[str, Any] = {
         "name": f"reward-{name}",
         "max_ongoing_requests": 4,
         **_checked(recovery),
-        "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus if source.uses_device else 0},
+        "ray_actor_options": actor_options(role),
     }
     if resources.max_reward_replicas is not None:
         options["autoscaling_config"] = {

@@ -141,10 +141,27 @@ def _check_numbers(config: Config) -> None:
             f"policy.architecture.max_positions={shape.max_positions} leaves no room for a prompt beside "
             f"rollout.max_new_tokens={config.rollout.max_new_tokens}",
         )
+    _check_gpus(config)
     _refuse(
         resources.max_reward_replicas is not None and resources.max_reward_replicas < resources.reward.count,
         f"resources.max_reward_replicas={resources.max_reward_replicas} is below "
         f"resources.reward.count={resources.reward.count}",
+    )
+
+
+def _check_gpus(config: Config) -> None:
+    for name in ("learner", "reward"):
+        gpus = getattr(config.resources, name).gpus
+        _refuse(
+            gpus > 1,
+            f"resources.{name}.gpus={gpus:g}: each of its processes computes on one GPU; raise "
+            f"resources.{name}.count instead",
+        )
+    learner = config.resources.learner
+    _refuse(
+        learner.count > 1 and 0 < learner.gpus <= 0.5,
+        f"resources.learner.gpus={learner.gpus:g} may put two of the {learner.count} ranks on one GPU, which NCCL "
+        "refuses; set it above 0.5, or resources.learner.count=1",
     )
 
 

@@ -61,6 +61,10 @@ class Engine(ABC):
     def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Gives back what it holds outside of Python's memory. It is not called again."""
 
+    def rest(self) -> None:  # noqa: B027 - most keep nothing
+        """Gives back what it keeps for the next work item, as memory for other roles on the same GPU. Nothing is under
+        way; any other call is answered as before."""
+
     @abstractmethod
     def set_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Replaces the policy's parameters and takes on their version. Responses under way go on with them.

@@ -42,6 +42,7 @@ class SharedCache(Cache):
         self._lengths: list[int] = []  # of the prompt in each place; 0: free
         self._handle = torch.zeros(0, dtype=torch.long)  # [R], the place of each row's prompt
         self._count = torch.zeros(0, dtype=torch.long)  # [R], own tokens so far
+        self._count_there = self._count  # of this step, on the device
         self._own_room = 0  # tokens
         self._nexts: dict[int, torch.Tensor] = {}  # by key heads
         self._masks: dict[int | None, torch.Tensor] = {}  # additive [R, 1, 1, L + own], by window
@@ -72,7 +73,7 @@ class SharedCache(Cache):
         """Where the rows' next tokens go among all rows, heads and places, int64 [R * heads]."""
         if heads not in self._nexts:
             row = torch.arange(heads * len(self._handle), device=self._device)
-            self._nexts[heads] = row * self._own_room + self._count.repeat_interleave(heads)
+            self._nexts[heads] = row * self._own_room + self._count_there.repeat_interleave(heads)
         return self._nexts[heads]
 
     def _fit(self) -> None:
@@ -209,12 +210,13 @@ class SharedCache(Cache):
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         self._count = self._count.clamp_max(self._max_new - 1)  # a row that has ended stays where it is
-        positions = (self.first + self._prompt_lengths + self._count).to(self._device)
+        lengths = self._prompt_lengths.to(self._device)
+        self._count_there = self._count.to(self._device)
+        positions = self.first + lengths + self._count_there
         self._masks, self._nexts = {}, {}
         self._fit()
-        self._count = self._count.to(self._device)
         logits = self._logits(tokens, positions)
-        self._count = self._count.cpu() + 1
+        self._count = self._count + 1
         return logits.float()
 
     def _logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -273,20 +275,20 @@ class SharedCache(Cache):
 
     def _mask(self, window: int | None) -> torch.Tensor:
         """Additive float32 [R, 1, 1, L + own]; the token being computed is among its own."""
-        if window is not None and int((self._prompt_lengths + self._count.cpu()).max()) < window:
+        if window is not None and int((self._prompt_lengths + self._count).max()) < window:
             window = None  # all within it
         if window not in self._masks:
             longest = next(iter(self._prompts.values()))[0].shape[2]
-            at, count = torch.arange(longest)[None], self._count.cpu()[:, None]
-            lengths = self._prompt_lengths[:, None]
-            own = torch.arange(self._own_room)[None]
+            at, count = torch.arange(longest, device=self._device)[None], self._count_there[:, None]
+            lengths = self._prompt_lengths.to(self._device)[:, None]
+            own = torch.arange(self._own_room, device=self._device)[None]
             hidden_prompt, hidden_own = at >= lengths, own > count
             if window is not None:
                 hidden_prompt = hidden_prompt | (lengths + count - at >= window)
                 hidden_own = hidden_own | (count - own >= window)
             hidden = torch.cat([hidden_prompt, hidden_own], 1)
-            mask = torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN)
-            self._masks[window] = mask[:, None, None].to(self._device)
+            mask = torch.zeros(hidden.shape, device=self._device).masked_fill_(hidden, HIDDEN)
+            self._masks[window] = mask[:, None, None]
         return self._masks[window]
 
 

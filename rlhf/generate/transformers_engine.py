@@ -24,6 +24,7 @@ from rlhf.generate.dialogue import Dialogue, Sampled
 from rlhf.generate.engine import Engine
 from rlhf.generate.proof import Proof
 from rlhf.learn.logprobs import PolicyModel, token_logprobs
+from rlhf.models.device import is_gpu, release
 from rlhf.models.load import end_tokens, load_policy
 from rlhf.models.packed import pack, receivers
 from rlhf.models.precision import cast, dtype_of
@@ -133,6 +134,15 @@ class TransformersEngine(Engine):
         self._done: list[_Job] = []
 
     @classmethod
+    def check(cls, rollout: RolloutConfig, gpus: float) -> None:
+        super().check(rollout, gpus)
+        if gpus > 1:
+            raise ValueError(
+                f"resources.generators.gpus={gpus:g}: rollout.engine={rollout.engine} samples on one GPU; raise "
+                "resources.generators.count instead"
+            )
+
+    @classmethod
     def open(cls, policy: str, chat: ChatFormat, rollout: RolloutConfig, device: str) -> Self:
         return cls(
             load_policy(policy),
@@ -143,6 +153,12 @@ class TransformersEngine(Engine):
             device=device,
             dtype=rollout.dtype,
         )
+
+    def rest(self) -> None:
+        """Keys and values went with the last response; what PyTorch keeps of their memory goes here."""
+        assert not self.busy
+        if is_gpu(self.device):
+            release(self.device)
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
@@ -177,8 +193,9 @@ class TransformersEngine(Engine):
         assert rows is not None
         uniform, steps = self._uniform(rows)
         tokens, logprobs = draw(rows.logits / self.temperature, uniform)
-        self._check(rows, logprobs)
-        going = self._record(rows, steps, tokens.cpu().numpy(), logprobs.cpu().numpy())
+        drawn, found = tokens.cpu().numpy(), logprobs.cpu().numpy()
+        self._check(rows, found)
+        going = self._record(rows, steps, drawn, found)
         done = [(job.ticket, self._rollouts(job)) for job in self._done]
         self._done = []
         if not going.any() and not (self._cache.joins and self._waiting):
@@ -197,10 +214,10 @@ class TransformersEngine(Engine):
         self._rows = rows
         return done
 
-    def _check(self, rows: _Rows, logprobs: torch.Tensor) -> None:
+    def _check(self, rows: _Rows, logprobs: np.ndarray) -> None:
         """Refuses what no distribution gave: logits that are not all numbers draw a token of probability nan."""
-        bad = torch.nonzero(~torch.isfinite(logprobs)).flatten().tolist()
-        if bad:
+        bad = np.flatnonzero(~np.isfinite(logprobs))
+        if len(bad):
             prompt = rows.prompts[bad[0]]
             item = prompt.job.item
             raise ValueError(

@@ -4,6 +4,9 @@ Its engine is stepped between calls, as the embedded one is. Every sample has a 
 alone and beside others; log-probabilities are those of the distribution that was sampled. New weights are taken in
 place: what was computed with the old ones is forgotten, responses under way go on with the new ones alone, and each
 token is told the version that it was sampled by.
+
+With `rollout.options.enable_sleep_mode` (CUDA and ROCm only) it sleeps when there is no work: its weights wait in the
+host's memory, and its keys and values are given up.
 """
 
 from __future__ import annotations
@@ -104,6 +107,7 @@ class VllmEngine(Engine):
         self.dialogue = Dialogue(chat, end_tokens(outline), reach, max_new_tokens, temperature)
         self._jobs: dict[int, _Job] = {}
         self._tickets = 0
+        self._sleeps, self._asleep = bool(given.get("enable_sleep_mode")), False
         self._latest: Mapping[str, torch.Tensor] | None = None  # weights of a version above 0
         self._scorer: PolicyModel | None = None
         self._set_version(0)
@@ -127,6 +131,12 @@ class VllmEngine(Engine):
                 f"resources.generators.gpus={gpus:g}"
             )
 
+        if 0 < gpus < 1 and not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(options):
+            raise ValueError(
+                f"resources.generators.gpus={gpus:g}: vLLM would take most of a GPU that it shares; give "
+                "rollout.options.gpu_memory_utilization, the part of its memory that vLLM may take"
+            )
+
     @classmethod
     def identity(cls, rollout: RolloutConfig) -> object:
         return (super().identity(rollout), importlib.metadata.version(_distribution()))
@@ -147,10 +157,24 @@ class VllmEngine(Engine):
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        self._wake()  # its allocator frees what is there
         self._engine.engine_core.shutdown()
         del self._engine
         self._scorer = self._latest = None
         cleanup_dist_env_and_memory()
+
+    def rest(self) -> None:
+        assert not self.busy
+        if self._sleeps and not self._asleep:
+            self._engine.sleep(
+                level=1
+            )  # at 2 the weights would be lost, and what was computed of them when loaded
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._engine.wake_up()
+            self._asleep = False
 
     def set_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         if weights.keys() != self._shapes.keys():
@@ -164,6 +188,7 @@ class VllmEngine(Engine):
                     f"not {list(shape)}"
                 )
             shaped[name] = weights[name].view(shape).to(self._dtype)
+        self._wake()
         for call, arguments in (
             ("start_weight_update", ()),
             ("update_weights", ({"weights": shaped},)),
@@ -190,6 +215,7 @@ class VllmEngine(Engine):
         from vllm.sampling_params import RequestOutputKind
 
         prompts = [self.dialogue.tokens(content) for content in item.prompts]
+        self._wake()
         self._tickets += 1
         ticket = self._tickets
         self._jobs[ticket] = _Job(

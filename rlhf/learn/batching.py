@@ -226,10 +226,10 @@ class Layout:
         return Layout(self.packs and other.packs, self.reach.narrowed(other.reach))
 
 
-def layout(model: PreTrainedModel, what: str = "policy") -> tuple[Layout, list[str]]:
+def layout(model: PreTrainedModel, what: str = "policy", way: str | None = None) -> tuple[Layout, list[str]]:
     """The fastest layout that is exact for the model, whose attention becomes ours if it is packed; and what to tell of
-    a fallback."""
-    fault = packing_fault(model, what)
+    a fallback. `way`: of our attention (`rlhf/models/attention.py`); None: that of the model's device."""
+    fault = packing_fault(model, what, way)
     layout = Layout(fault is None, Reach.of(model.config))
     if fault is None:
         return layout, []
@@ -239,7 +239,7 @@ def layout(model: PreTrainedModel, what: str = "policy") -> tuple[Layout, list[s
 
 
 @torch.no_grad()
-def packing_fault(model: Any, what: str = "policy") -> str | None:
+def packing_fault(model: Any, what: str = "policy", way: str | None = None) -> str | None:
     """Why packed tokens, under our attention, do not get the log-probabilities of the model's own passes over single
     sequences; None: they do, and its attention is ours from now on.
 
@@ -270,7 +270,7 @@ def packing_fault(model: Any, what: str = "policy") -> str | None:
             flat[batch.index] = torch.log_softmax(logits[batch.predict.to(like.device)].float(), -1)
         return flat
 
-    with attention.tried(model) as trial:
+    with attention.tried(model, way) as trial:
         if not trial.possible:
             return "its attention cannot be replaced"
         found = attempt(packed)

@@ -12,23 +12,24 @@ from rlhf.models.precision import dtype_of
 
 
 def deepspeed_settings(
-    config: DeepSpeedConfig, learning_rate: float, weight_decay: float, clip: float
+    config: DeepSpeedConfig, learning_rate: float, weight_decay: float, clip: float, device: str
 ) -> dict:
     """What `deepspeed.initialize` is given. Gradients add up in float32, over micro-batches and over ranks.
+
+    The optimiser is PyTorch's on every device: DeepSpeed's own would be compiled at start, by a CUDA toolkit that need
+    not be there.
 
     ZeRO 0 in bfloat16 is done by ZeRO 1, which gives the same: the optimiser that DeepSpeed has for it adds gradients
     up in bfloat16 and is made with a step of zeros, which Adam counts.
     """
-    on_cpu = not torch.cuda.is_available()
-    bfloat16 = dtype_of(config.dtype, "cpu" if on_cpu else "cuda") == torch.bfloat16
+    bfloat16 = dtype_of(config.dtype, device) == torch.bfloat16
     optimizer: dict[str, Any] = {
         "lr": learning_rate,
         "weight_decay": weight_decay,
         "betas": [0.9, 0.95],
-        "torch_adam": on_cpu,
+        "torch_adam": True,
+        "fused": True,
     }
-    if on_cpu:
-        optimizer["fused"] = True
     zero: dict[str, Any] = {"stage": max(config.zero_stage, 1) if bfloat16 else config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}

@@ -34,16 +34,17 @@ class PolicyModel(torch.nn.Module):
 
     Args:
         inner: any transformers causal model, or a peft model around one.
+        way: of our attention (`rlhf/models/attention.py`); None: that of the model's device.
     """
 
-    def __init__(self, inner: Any, chunk: int = CHUNK) -> None:
+    def __init__(self, inner: Any, chunk: int = CHUNK, way: str | None = None) -> None:
         super().__init__()
         self.inner, self.chunk = inner, chunk
         plain = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
         config = getattr(plain, "config", None)
         text = config.get_text_config() if config is not None else None
         self._cap = getattr(text, "final_logit_softcapping", None)
-        self.lay, self.notes = layout(plain)
+        self.lay, self.notes = layout(plain, way=way)
         fuse(plain)
         self._last = LastLayer(getattr(plain, "base_model", plain))
         self._vocabulary = 0

@@ -96,7 +96,8 @@ class Trainer:
         if isinstance(model, PolicyModel) and model.gathered is not None:
             set_z3_leaf_module(model.gathered, True)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        settings = deepspeed_settings(config, 1e-3, weight_decay, max_grad_norm)
+        device = next(model.parameters()).device.type
+        settings = deepspeed_settings(config, 1e-3, weight_decay, max_grad_norm, device)
         with redirect_stdout(StringIO()):  # DeepSpeed prints the memory it takes
             self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=settings)
         self.objective: Objective | None = None

@@ -1,10 +1,11 @@
 """The attention that models here are given: over trees, while sampling, or plain.
 
-Registered with transformers under `NAME`. Called without `trees`, it is PyTorch's scaled dot product attention. With
-them the sequence [1, T] holds one tree after another, without padding, and each token sees its own tree only
-(`rlhf/models/trees.py`).
+Registered with transformers in two ways, of which a model's device decides (`way_for`): `TREES` goes tree by tree, by
+kernels for CPUs (`rlhf/models/trees.py`), `MASKED` takes several trees to a call of PyTorch's scaled dot product
+attention under a mask, on any device (`rlhf/models/forest.py`). Called without `trees`, both are that attention. With
+them the sequence [1, T] holds one tree after another, without padding, and each token sees its own tree only.
 
-Scores are float32 on a CPU, whatever the model computes in.
+Scores are float32 on a CPU, whatever the model computes in, but for those of `MASKED`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +21,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.models.device import is_gpu
+from rlhf.models.forest import spans
 from rlhf.models.trees import Tree, TreeAttention, hiding, places
 from rlhf.native import trees as native
 from rlhf.native.trees import NativeTreeAttention
 
-NAME = "rlhf_trees"
+TREES, MASKED = "rlhf_trees", "rlhf_masked"
+
+
+def way_for(device: str) -> str:
+    """The fastest on a device."""
+    return MASKED if is_gpu(device) else TREES
 
 
 def attention(
@@ -36,6 +45,7 @@ def attention(
     decoding: Any = None,
     scaling: float | None = None,
     softcap: float | None = None,
+    masked: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """With trees: query [1, heads, T, width], keys and values [1, key heads, T, width]; the result is
@@ -51,6 +61,12 @@ def attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     dtype, cpu = query.dtype, query.device.type == "cpu"
+    if trees is not None and masked:
+        parts = [
+            _attend(query[:, :, s.start : s.stop], s.seen(key), s.seen(value), s.mask, scaling, softcap)
+            for s in spans(tuple(trees), query.device, dtype)
+        ]
+        return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
     if trees is not None and cpu and softcap is None:
         compiled = native.serves(query, key, value)
         if compiled or all(tree.short for tree in trees):
@@ -116,12 +132,13 @@ class Trial:
 
 
 @contextmanager
-def tried(model: PreTrainedModel) -> Iterator[Trial]:
-    """Makes the model attend by `attention`; for good, if the block sets `kept`."""
+def tried(model: PreTrainedModel, way: str | None = None) -> Iterator[Trial]:
+    """Makes the model attend by `attention`, in a way of it (None: that of its device); for good, if the block sets
+    `kept`."""
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     trial = Trial(before is not None and model._can_set_attn_implementation())
     if trial.possible:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(way or way_for(model.device.type))
     try:
         yield trial
     finally:
@@ -131,8 +148,10 @@ def tried(model: PreTrainedModel) -> Iterator[Trial]:
 
 def is_ours(model: Any) -> bool:
     """Whether the model attends by `attention`: any other would take no notice of trees."""
-    return model.config._attn_implementation == NAME
+    return model.config._attn_implementation in (TREES, MASKED)
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(TREES, attention)
+AttentionInterface.register(MASKED, partial(attention, masked=True))
+for _way in (TREES, MASKED):
+    AttentionMaskInterface.register(_way, sdpa_mask)

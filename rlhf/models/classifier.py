@@ -40,9 +40,12 @@ class Classifier(torch.nn.Module):
 
     Where body and head are called apart, a conversation ends with the token that the head reads (`read`): the tokens
     after it, which no earlier one sees, are left out. Neither way then needs a padding token.
+
+    Args:
+        way: of our attention (`rlhf/models/attention.py`); None: that of the model's device.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, way: str | None = None) -> None:
         super().__init__()
         self.inner = model
         self.labels = int(model.config.num_labels)
@@ -52,7 +55,7 @@ class Classifier(torch.nn.Module):
         self.packs = self.apart = self.pads = self.skips_padding = False
         self.last: LastLayer | None = None
         self.notes: list[str] = []  # what to tell of how it is called
-        _choose_way(self)
+        _choose_way(self, way)
 
     def read(self, row: Row) -> np.ndarray:
         """The tokens up to the one whose state is the reward: the last whose id is not the padding token's, however
@@ -160,7 +163,7 @@ def one_batch(classifier: Classifier, rows: Sequence[Row], kin: Sequence[int]) -
 
 
 @torch.no_grad()
-def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
+def _choose_way(c: Classifier, attending: str | None, tolerance: float = 1e-3) -> None:
     """Finds how the classifier is called, by the rewards of random conversations: those of a way that is taken differ
     from the model's own, of each conversation alone, by at most `tolerance` of their standard deviation, and rounding.
 
@@ -199,7 +202,7 @@ def _choose_way(c: Classifier, tolerance: float = 1e-3) -> None:
                 c.apart = same()
         reason = "its head does not read one token alone"
         if c.apart:
-            with attention.tried(model) as trial:
+            with attention.tried(model, attending) as trial:
                 c.packs = trial.possible and c.reach.picks is None
                 trial.kept = c.packs and same()
             c.packs = trial.kept

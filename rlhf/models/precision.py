@@ -6,6 +6,8 @@ import functools
 
 import torch
 
+from rlhf.models.device import is_gpu, multiplies_bfloat16
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -13,8 +15,8 @@ def dtype_of(name: str, device: str) -> torch.dtype:
     """The format called `name`; "auto" is bfloat16 where the device multiplies it faster than float32."""
     if name != "auto":
         return DTYPES[name]
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if is_gpu(device):
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     found = torch.backends.cpu.get_cpu_capability()
     fast = found.startswith("AVX512") and not processor_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
     return torch.bfloat16 if fast else torch.float32

@@ -66,7 +66,7 @@ class Tree:
         return self._parts[key]
 
     def _make(self, like: torch.Tensor) -> Iterator[Part]:
-        short = self.short and like.device.type == "cpu"
+        short = self.short
         size = PROMPT_BLOCK if short else max(self.prompt, 1)
         for start in range(0, self.prompt, size):
             stop = min(start + size, self.prompt)

@@ -36,7 +36,7 @@ CHOICES = {
     "baseline": ["gaussian", "quantile", "x"],
     "evaluators": ["microcosm", "none", "x"],
     "deepspeed": ["zero0", "zero3", "zero4"],
-    "resources": ["local", "cluster", "x"],
+    "resources": ["local", "cluster", "gpu1", "gpu8", "x"],
     "experiment": ["quick", "x", "null"],
     "data": ["files", "microcosm", "x"],
     "nothing": ["x"],

@@ -235,6 +235,24 @@ def test_weights_that_do_not_fit_or_are_no_numbers_are_refused(opened, policy):
             finish(engine)
 
 
+def test_rest_changes_nothing_of_what_comes_after(opened, policy):
+    items = [WorkItem(n, PROMPTS, samples=2, seed=n) for n in range(3)]
+    with opened() as engine:
+        engine.set_weights(weights_of(policy, noise=0.1), 1)
+        expected = [engine.generate(item) for item in items]
+    with opened() as engine:
+        engine.rest()
+        engine.rest()
+        engine.set_weights(weights_of(policy, noise=0.1), 1)
+        found = []
+        for item in items:
+            engine.rest()
+            found.append(engine.generate(item))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.tokens.values.tolist() == theirs.tokens.values.tolist()
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-6)
+
+
 def test_settings_that_no_engine_has_are_refused(opened, request):
     kind = request.node.callspec.params["opened"]
     rollout = rollout_of(kind, no_such_setting=1)
@@ -271,6 +289,7 @@ def test_settings_of_vllm_are_checked_before_the_run(monkeypatch):
             1,
             r"tensor_parallel_size=2 needs as many GPUs .* resources.generators.gpus=1",
         ),
+        ({}, 0.25, r"generators.gpus=0.25: .* give rollout.options.gpu_memory_utilization"),
     ):
         rollout = rollout_of("vllm", **options)
         with pytest.raises(ValueError, match=line):

@@ -201,8 +201,8 @@ def test_more_ranks_than_cpus_says_both_numbers(given):
 def test_gpus_that_a_cluster_lacks_are_refused_unless_it_grows():
     asking = ["resources.learner={count: 2, cpus: 0.1, gpus: 1}"]
     with pytest.raises(ValueError, match=r"the roles ask for 2 GPUs together, there are 0"):
-        check_offer(config(*asking), {"CPU": 8.0, "GPU": 0.0})
-    check_offer(config(*asking, "resources.autoscaling=true"), {"CPU": 8.0, "GPU": 0.0})
+        check_offer(config(*asking), [{"CPU": 8.0, "GPU": 0.0}])
+    check_offer(config(*asking, "resources.autoscaling=true"), [{"CPU": 8.0, "GPU": 0.0}])
 
 
 def test_port_in_use(given):

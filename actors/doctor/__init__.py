@@ -1,0 +1,1 @@
+"""`rlhf doctor`: whether this machine can do what is asked of it."""
