@@ -195,8 +195,8 @@ def main(path: str) -> None:
             helpful += [pair(p, refusal(rng), broken_off(t, rng)) for t in complied[p][:1]]
             harmless += [pair(p, refused(rng), t) for t in complied[p]]
             harmless += [pair(p, refusal(rng), rng.choice(harm))]
-        write(f"helpful{part}", helpful, rng)
-        write(f"harmless{part}", harmless, rng)
+        for name, pairs in {"helpful": helpful, "harmless": harmless}.items():
+            write(f"{name}{part}", [p for p in pairs if p["chosen"] != p["rejected"]], rng)
 
 
 if __name__ == "__main__":
