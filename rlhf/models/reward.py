@@ -43,7 +43,7 @@ class RewardScorer:
         self.labels = labels_of(model.config, f"reward model '{name}': heads", path, heads)
         self.classifier = Classifier(model)
         self.classifier.compute_in(dtype_of(dtype, device))
-        pack_layers(model, budget, leave=head_of(model))
+        pack_layers(self.classifier, budget, leave=head_of(model))
         self.format = ChatFormat(load_tokenizer(path, key), f"reward model '{name}'", template)
         self.limit = usable_positions(model)
 

@@ -126,3 +126,18 @@ def test_responses_to_one_prompt_share_it():
     assert shared[0].tolist() == [1, 2, 3]
     assert own.lengths.tolist() == [6, 1, 2, 1]
     assert shared[1].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_of_a_scorer_are_packed_for_the_processor(reward_folders, dtype):
+    """All but its head, which stays float32; with rewards as of its own passes, to rounding."""
+    scorer = RewardScorer("helpful", str(reward_folders["helpful"]), dtype=dtype)
+    inner = scorer.classifier.inner
+    assert [name for name, m in inner.named_modules() if type(m) is torch.nn.Linear] == ["score"]
+    assert inner.score.weight.dtype == torch.float32
+    rows = [np.arange(2, 12), np.arange(3, 9)]
+    plain = load_reward_model(str(reward_folders["helpful"]), "key")
+    with torch.no_grad():
+        expected = [plain(input_ids=torch.tensor(row[None])).logits.item() for row in rows]
+        found = score_rows(scorer.classifier, scorer.classifier, rows, [0, 1], 64)
+    np.testing.assert_allclose(found, expected, atol=1e-4 if dtype == "float32" else 0.05)
