@@ -203,7 +203,8 @@ class DeepSpeedConfig:
     zero_stage: int
     dtype: str  # of the learner's forward and backward passes; master weights are float32
     micro_batch_tokens: int  # tokens a rank puts through the model at once
-    offload_optimizer: bool
+    offload_optimizer: bool  # the optimiser's state and its step are the CPU's
+    activation_checkpointing: bool  # decoder layers' activations are computed again in the backward pass
 
 
 @dataclass
