@@ -5,6 +5,7 @@ rlhf -m utility=lsc,linear                 a sweep
 rlhf experiment=study                      the comparison of methods, a sweep of conf/arm
 rlhf --cfg job                             the composed configuration
 rlhf serve ...                             the rewards of such a run over HTTP
+rlhf plan ...                              the memory that such a run needs, and its time
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from rlhf.config_checks import typed
 from rlhf.config_serving import to_serve
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "conf"
-_serving = False  # whether the command is `rlhf serve`
+COMMANDS = ("serve", "plan")  # beside a run
+_command = ""  # one of these, or none
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a submitted job
 
 
 def main() -> None:
     """The console script. A user's error ends it with status 1 and one line; SIGTERM with 143, SIGINT with 130."""
-    global _serving
-    if sys.argv[1:2] == ["serve"]:
-        _serving = True
-        del sys.argv[1]
+    global _command
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        _command = sys.argv.pop(1)
     os.environ.setdefault("RLHF_OUTPUT_DIR", _default_output())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and prints none
     os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"  # it replaces ours, and aborts on SIGTERM
@@ -76,10 +77,12 @@ def _run(values: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir).absolute()
     session = Session()
     try:
-        config = typed(values, _serving)
-        if _serving and Sweep.current is not None:
-            raise ValueError("rlhf serve is no sweep: leave -m out")
-        if Sweep.current is None:
+        config = typed(values, _command == "serve")
+        if _command and Sweep.current is not None:
+            raise ValueError(f"rlhf {_command} is no sweep: leave -m out")
+        if _command == "plan":
+            plan(config, folder, session)
+        elif Sweep.current is None:
             run(config, folder, OmegaConf.to_yaml(values, resolve=True), session)
         else:
             Sweep.current.job(config, folder, OmegaConf.to_yaml(values, resolve=True), run)
@@ -92,6 +95,23 @@ def _run(values: DictConfig) -> None:
         raise
     finally:
         session.stop()
+
+
+def plan(config: Config, folder: Path, session: Session) -> None:
+    """Says what a run of this configuration needs. It leaves no folder of its own.
+
+    Raises:
+        ValueError: the configuration cannot work.
+    """
+    from actors.plan import tell_plan
+    from rlhf.progress import View
+    from rlhf.store import Store
+
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    view = View(config.logging.live)
+    root = Path(config.output_dir).expanduser().absolute()
+    tell_plan(config, Store(root / "store", view.line), session, view.line)
 
 
 def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
@@ -111,7 +131,7 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     from rlhf.store import Store
     from rlhf.versions import versions
 
-    started = time.perf_counter()
+    started, serving = time.perf_counter(), _command == "serve"
     view = View(config.logging.live)
     root = Path(config.output_dir).expanduser().absolute()
     view.line(f"run {folder}")
@@ -120,18 +140,18 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     write_atomic(folder / "versions.json", json.dumps(versions(), indent=1))
     store = Store(root / "store", view.line)
     store.sweep()
-    if _serving:
+    if serving:
         check_port("serve.port", config.serve.port, config.serve.host)
         config = to_serve(config)
-    stages = Stages(config, preflight(config, store, _serving), store)
-    if not _serving:
+    stages = Stages(config, preflight(config, store, serving), store)
+    if not serving:
         check_outlets(stages, view.line)
-    if _serving or not stages.complete():
+    if serving or not stages.complete():
         session.start(config)
     from actors.stages.job import Job  # seconds of imports, while Ray starts
 
     job = Job(stages, session, folder, view, started)
-    if _serving:
+    if serving:
         from actors.serve import serve_rewards
 
         serve_rewards(job, folder)

@@ -16,6 +16,7 @@ HARMLESS = (
     "evaluate",
     "evaluators",
     "study",
+    "plan",
     "align.steps",
     "align.checkpoint",
     "align.max_skipped",

@@ -298,6 +298,14 @@ class ServeConfig:
 
 
 @dataclass
+class PlanConfig:
+    """`rlhf plan`: the memory and the time that a run needs."""
+
+    response_tokens: int | None  # how long responses are expected to get; null: rollout.max_new_tokens
+    measure: bool  # run two steps of align first, and tell the time from them
+
+
+@dataclass
 class StudyConfig:
     """A cell of a sweep that is compared with its other cells (`rlhf/evaluate/comparison.py`)."""
 
@@ -329,4 +337,5 @@ class Config:
     logging: LoggingConfig
     hub: HubConfig
     serve: ServeConfig
+    plan: PlanConfig
     study: StudyConfig | None

@@ -126,6 +126,11 @@ def _check_numbers(config: Config) -> None:
         f"align.prompts_per_step={align.prompts_per_step} must be a multiple of "
         f"rollout.prompts_per_item={config.rollout.prompts_per_item}",
     )
+    _refuse(
+        (config.plan.response_tokens or 0) > config.rollout.max_new_tokens,
+        f"plan.response_tokens={config.plan.response_tokens} is more than "
+        f"rollout.max_new_tokens={config.rollout.max_new_tokens}",
+    )
     _refuse(config.data.tolerated_share == 1, "data.tolerated_share=1 would leave no row: it must be below 1")
     for key in ("kl_coef", "learning_rate"):
         _check_schedule(f"align.{key}", getattr(align, key))

@@ -16,7 +16,10 @@ from tests.states import resumed, restored
 from tests.unit.test_config import config
 
 NAMES = ("sft", "rloo", "ppo", "lora")
-CASES = [*itertools.product(NAMES, (1, 2, 3), ("float32",)), *itertools.product(("sft",), (1, 2, 3), ("bfloat16",))]
+CASES = [
+    *itertools.product(NAMES, (1, 2, 3), ("float32",)),
+    *itertools.product(("sft",), (1, 2, 3), ("bfloat16",)),
+]
 SAVED = [*itertools.product(("sft", "ppo"), (1, 2, 3), ("float32", "bfloat16"))]
 
 
@@ -45,7 +48,9 @@ def found(tmp_path_factory) -> dict[int, list[dict[Any, Any]]]:
 def test_steps_are_those_without(found, world, name, stage, dtype):
     """Norms and sums are added up elsewhere, in another order."""
     ranks = [[found[world][rank][name, stage, dtype, way] for way in (False, True)] for rank in range(world)]
-    for plain, offloaded in zip(*([merged(p) for p in zip(*(r[w][0] for r in ranks), strict=True)] for w in (0, 1)), strict=True):
+    for plain, offloaded in zip(
+        *([merged(p) for p in zip(*(r[w][0] for r in ranks), strict=True)] for w in (0, 1)), strict=True
+    ):
         assert offloaded == pytest.approx(plain, rel=1e-5, abs=1e-6)
         assert plain["grad_norm"] > 0
     close = {"atol": 1e-6, "rtol": 1e-6} if dtype == "float32" else {"atol": 1e-3, "rtol": 1e-2}

@@ -1,0 +1,227 @@
+"""What `rlhf plan` predicts beside what is measured: the peak memory of each role's process, two steps of align.
+
+    python -m benchmarks.plan                    every case; writes benchmarks/plan.json
+    python -m benchmarks.plan W2-float32 ...     some cases; prints them
+
+Measured is the peak of RssAnon of /proc/PID/status, read every 20 ms: the memory that is a process's own. Pages of
+files (libraries, checkpoints being read), which the system can drop, and of the object store, which processes share, are left
+out. A checkpoint is made of each step, as it is in a long run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import smollm2
+from benchmarks.workloads import PER_STEP, PROMPTS, SAMPLES, WORKLOADS, make
+from rlhf.config import Config
+
+RESULTS = Path(__file__).with_suffix(".json")
+STEPS = 2
+OWN, RESIDENT = "RssAnon", "VmHWM"
+ROLES = {
+    "ray::LearnerRank": "learner rank",
+    "ray::Generator": "generator",
+    "ray::BaselineEstimator": "baseline",
+    "ray::ExperienceQueue": "queue",
+    "ray::ServeReplica:rewards": "reward model",
+}
+"""Titles of processes, by their beginnings. The replica that is called `ingress` holds no model."""
+WORDS = (
+    "tell me how a river finds its way down to the sea and why the water there is salt while rain is not. "
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    world: str  # a workload, or SmolLM2
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return "-".join(
+            [self.world, *(word.split("=")[-1] for word in self.overrides if "lora=" not in word)]
+        )
+
+
+LORA = "policy.lora={rank: 16, alpha: 32, target_modules: all-linear}"
+
+
+def cases() -> dict[str, Case]:
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        for world in ("W1", "W2", "W3", "SmolLM2"):
+            found[f"{world}-{dtype}"] = Case(world, (f"dtype={dtype}",))
+            found[f"{world}-{dtype}-checkpointing"] = Case(
+                world, (f"dtype={dtype}", "deepspeed.activation_checkpointing=true")
+            )
+        found[f"SmolLM2-{dtype}-lora"] = Case("SmolLM2", (f"dtype={dtype}", LORA))
+        found[f"W3-{dtype}-zero2"] = Case(
+            "W3", (f"dtype={dtype}", "deepspeed=zero2", "resources.learner.count=2")
+        )
+    return found
+
+
+class Peaks(threading.Thread):
+    """The most memory of its own that each process of this run had, by its role, MiB; read every 20 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._roles: dict[int, str] = {}  # by process
+        self._ever: dict[int, str] = {}
+        self._peaks: dict[int, dict[str, int]] = {}
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        for turn in itertools.count():
+            if turn % 50 == 0:
+                self._find()
+            for pid in list(self._roles):
+                self._look(pid)
+            if self._over.wait(0.02):
+                return
+
+    def _find(self) -> None:
+        here = psutil.Process()
+        self._roles = {here.pid: "driver"}
+        for process in here.children(recursive=True):
+            with suppress(psutil.Error):  # it has ended
+                role = role_of(" ".join(process.cmdline()))
+                if role is not None:
+                    self._roles[process.pid] = role
+        self._ever |= self._roles
+
+    def _look(self, pid: int) -> None:
+        try:
+            text = Path(f"/proc/{pid}/status").read_text()
+        except OSError:  # it has ended
+            return
+        fields = dict(line.split(":", 1) for line in text.splitlines())
+        known = self._peaks.setdefault(pid, {})
+        for key in (OWN, RESIDENT):
+            if key in fields:
+                known[key] = max(known.get(key, 0), int(fields[key].split()[0]) // 1024)
+
+    def stop(self) -> dict[str, dict[str, int]]:
+        """Of the process of each role that took the most."""
+        self._over.set()
+        self.join()
+        found: dict[str, dict[str, int]] = {}
+        for pid, peak in self._peaks.items():
+            role = self._ever[pid]
+            if peak.get(OWN, 0) > found.get(role, {OWN: -1})[OWN]:
+                found[role] = peak
+        return found
+
+
+def role_of(title: str) -> str | None:
+    if title.startswith("ray::ServeReplica"):
+        return "ingress" if title.rstrip().endswith("ingress") else "reward model"
+    if title.startswith(("ray::ServeController", "ray::ProxyActor")):
+        return "serve controller"
+    return next((role for start, role in ROLES.items() if title.startswith(start)), None)
+
+
+def world(name: str, folder: Path) -> list[str]:
+    """Makes the models and prompts of a world; the overrides that give them."""
+    policy = folder / "policy"
+    if name == "SmolLM2":
+        policy = smollm2.make()
+        _reward_models(policy, folder)
+        lines = [json.dumps({"prompt": f"Say it in {i} words: {WORDS * 2}"}) for i in range(1, PROMPTS + 2)]
+        (folder / "prompts.jsonl").write_text("\n".join(lines[1:]))
+        (folder / "eval.jsonl").write_text(lines[0])
+        new, samples = 48, 4
+    else:
+        make(WORKLOADS[name], folder)
+        new, samples = WORKLOADS[name].new, SAMPLES
+    return [
+        "data=files",
+        f"data.prompts={folder / 'prompts.jsonl'}",
+        f"data.eval_prompts={folder / 'eval.jsonl'}",
+        f"data.train_size={PROMPTS}",
+        f"policy.path={policy}",
+        "reward_models=none",
+        *(f"+source@reward_models.{name}=classifier" for name in ("rm0", "rm1")),
+        *(f"reward_models.{name}.path={folder / name}" for name in ("rm0", "rm1")),
+        *(f"reward_models.{name}.reference=constant" for name in ("rm0", "rm1")),
+        "resources.learner.count=1",
+        "resources.generators.count=1",
+        f"rollout.max_new_tokens={new}",
+        f"rollout.prompts_per_item={PER_STEP}",
+        f"align.prompts_per_step={PER_STEP}",
+        f"align.samples_per_prompt={samples}",
+        "align.learning_rate=0.0",
+    ]
+
+
+def _reward_models(policy: Path, folder: Path) -> None:
+    """Two classifiers of the policy's shape, of random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    config = AutoConfig.from_pretrained(policy, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    for name in ("rm0", "rm1"):
+        torch.manual_seed(0)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def configured(overrides: Sequence[str]) -> Config:
+    from hydra import compose, initialize_config_module
+
+    from rlhf.config_checks import typed
+
+    with initialize_config_module("conf", version_base=None):
+        return typed(compose("config", overrides=list(overrides)))
+
+
+def measured(config: Config, folder: Path) -> dict[str, dict[str, int]]:
+    """Peaks of the roles' processes in two steps of align."""
+    from actors.job import run
+    from actors.session import Session
+
+    peaks, session = Peaks(), Session()
+    peaks.start()
+    try:
+        run(config, folder / "run", "", session)
+    finally:
+        session.stop()
+    return peaks.stop()
+
+
+def one(name: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config = configured(
+            [
+                *world(cases()[name].world, folder),
+                "stages=[baseline,align]",
+                f"output_dir={folder}",
+                "baseline.samples=1",
+                f"align.steps={STEPS}",
+                "align.checkpoint.every=1",
+                "logging={live: 'off', loggers: []}",
+                *cases()[name].overrides,
+            ]
+        )
+        return {"case": name, "measured": measured(config, folder)}
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in sys.argv[1:]:
+        print(json.dumps(one(name)), flush=True)
