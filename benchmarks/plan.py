@@ -4,8 +4,8 @@
     python -m benchmarks.plan W2-float32 ...     some cases; prints them
 
 Measured is the peak of RssAnon of /proc/PID/status, read every 20 ms: the memory that is a process's own. Pages of
-files (libraries, checkpoints being read), which the system can drop, and of the object store, which processes share, are left
-out. A checkpoint is made of each step, as it is in a long run.
+files (libraries, checkpoints being read), which the system can drop, and of the object store, which processes share,
+are left out. A checkpoint is made of each step, as it is in a long run. Predicted is for responses of the mean length.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import multiprocessing
+import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ ROLES = {
     "ray::ExperienceQueue": "queue",
     "ray::ServeReplica:rewards": "reward model",
 }
-"""Titles of processes, by their beginnings. The replica that is called `ingress` holds no model."""
+"""Titles of processes, by their beginnings. """
 WORDS = (
     "tell me how a river finds its way down to the sea and why the water there is salt while rain is not. "
 )
@@ -128,7 +131,7 @@ class Peaks(threading.Thread):
 
 def role_of(title: str) -> str | None:
     if title.startswith("ray::ServeReplica"):
-        return "ingress" if title.rstrip().endswith("ingress") else "reward model"
+        return "reward ingress" if title.rstrip().endswith("ingress") else "reward model"
     if title.startswith(("ray::ServeController", "ray::ProxyActor")):
         return "serve controller"
     return next((role for start, role in ROLES.items() if title.startswith(start)), None)
@@ -151,7 +154,7 @@ def world(name: str, folder: Path) -> list[str]:
         "data=files",
         f"data.prompts={folder / 'prompts.jsonl'}",
         f"data.eval_prompts={folder / 'eval.jsonl'}",
-        f"data.train_size={PROMPTS}",
+        f"data.train_size={PER_STEP}",
         f"policy.path={policy}",
         "reward_models=none",
         *(f"+source@reward_models.{name}=classifier" for name in ("rm0", "rm1")),
@@ -189,10 +192,15 @@ def configured(overrides: Sequence[str]) -> Config:
         return typed(compose("config", overrides=list(overrides)))
 
 
-def measured(config: Config, folder: Path) -> dict[str, dict[str, int]]:
-    """Peaks of the roles' processes in two steps of align."""
+def measured(config: Config, folder: Path) -> tuple[dict[str, dict[str, int]], float]:
+    """Peaks of the roles' processes in two steps of align, and the tokens of a response."""
     from actors.job import run
+    from actors.preflight import preflight
     from actors.session import Session
+    from actors.stages.align import Align
+    from actors.stages.stage import Stages
+    from rlhf.logs import read_metrics
+    from rlhf.store import Store
 
     peaks, session = Peaks(), Session()
     peaks.start()
@@ -200,28 +208,89 @@ def measured(config: Config, folder: Path) -> dict[str, dict[str, int]]:
         run(config, folder / "run", "", session)
     finally:
         session.stop()
-    return peaks.stop()
+    store = Store(folder / "store")
+    rows = read_metrics(Stages(config, preflight(config, store), store).of(Align).path)
+    return peaks.stop(), statistics.fmean(row["response_tokens"] for row in rows)
+
+
+def predicted(config: Config, folder: Path) -> dict[str, int]:
+    """MiB of a process of each role."""
+    from actors.preflight import preflight
+    from rlhf.plan.roles import plan
+    from rlhf.store import Store
+
+    store = Store(folder / "store")
+    needs = plan(config, preflight(config, store), store).needs
+    return {_as_measured(need.role): need.total // 2**20 for need in needs}
+
+
+def _as_measured(role: str) -> str:
+    return "reward model" if role.startswith("reward_models.") else role
 
 
 def one(name: str) -> dict[str, Any]:
+    """A case: measured and predicted MiB of each role, and by how much the prediction is off, percent."""
+    case = cases()[name]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        with multiprocessing.get_context("spawn").Pool(1) as apart:  # its memory is not the driver's
+            overrides = apart.apply(world, (case.world, folder))
         config = configured(
             [
-                *world(cases()[name].world, folder),
+                *overrides,
                 "stages=[baseline,align]",
                 f"output_dir={folder}",
                 "baseline.samples=1",
                 f"align.steps={STEPS}",
                 "align.checkpoint.every=1",
                 "logging={live: 'off', loggers: []}",
-                *cases()[name].overrides,
+                *case.overrides,
             ]
         )
-        return {"case": name, "measured": measured(config, folder)}
+        peaks, tokens = measured(config, folder)
+        config = replace(config, plan=replace(config.plan, response_tokens=max(1, round(tokens))))
+        expected = predicted(config, folder)
+    roles = {
+        role: {
+            "measured": peaks[role][OWN],
+            "predicted": expected[role],
+            "off": round(100 * (expected[role] / peaks[role][OWN] - 1), 1),
+            "resident": peaks[role][RESIDENT],
+        }
+        for role in expected
+    }
+    return {"case": name, "response_tokens": round(tokens, 1), "roles": roles}
+
+
+def main(names: Sequence[str]) -> None:
+    """Each case in a process of its own, so that none begins with what another left."""
+    if len(names) == 1:
+        print(json.dumps(one(names[0])), flush=True)
+        return
+    found = []
+    for name in names or list(cases()):
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.plan", name],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(told(found[-1]), flush=True)
+    if not names:
+        lines = ",\n".join(json.dumps(case) for case in found)
+        RESULTS.write_text(f"[\n{lines}\n]\n")
+
+
+def told(found: dict[str, Any]) -> str:
+    """A line for each role."""
+    lines = [
+        f"{found['case']:<32} {role:<18} {r['measured']:>6} MiB, predicted {r['predicted']:>6}, {r['off']:+.1f} %"
+        for role, r in found["roles"].items()
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in sys.argv[1:]:
-        print(json.dumps(one(name)), flush=True)
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""What the models of a run are made of, by their configurations: sizes of weights, and what passes through them take."""
+"""The models of a run, by their configurations: sizes of weights, and what passes through them take."""
 
 from __future__ import annotations
 

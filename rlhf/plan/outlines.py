@@ -1,5 +1,5 @@
-"""Models without weights, on the meta device, that compute as ours do: packed, under our attention, with compiled layers
-where this machine has them. What trials find of a model when it is loaded is assumed here."""
+"""Models without weights, on the meta device, that compute as ours do: packed, under our attention, with compiled
+layers where this machine has them. What trials find of a model when it is loaded is assumed here."""
 
 from __future__ import annotations
 

@@ -51,8 +51,8 @@ def node(plan: Plan, free: int | None) -> list[str]:
     found = [f"this node: {gib(plan.total)} GiB ({parts}); free are {gib(free)}"]
     if plan.total > free:
         found.append(
-            "it does not fit: deepspeed.activation_checkpointing=true, a lower deepspeed.micro_batch_tokens, dtype=bfloat16, "
-            "policy.lora or fewer processes need less"
+            "it does not fit: deepspeed.activation_checkpointing=true, a lower deepspeed.micro_batch_tokens, "
+            "dtype=bfloat16, policy.lora or fewer processes need less"
         )
     return found
 

@@ -12,7 +12,7 @@ import torch
 
 from actors.learner_group import merged
 from tests.ranks import RUNS, Ranks, together
-from tests.states import resumed, restored
+from tests.states import restored, resumed
 from tests.unit.test_config import config
 
 NAMES = ("sft", "rloo", "ppo", "lora")
@@ -82,6 +82,6 @@ def test_a_trainer_without_takes_over_the_state(found, world, name, stage, dtype
 
 
 def test_it_is_refused_where_nothing_would_be_offloaded():
-    with pytest.raises(ValueError, match="^deepspeed.offload_optimizer=true needs a ZeRO stage of 1 to 3"):
+    with pytest.raises(ValueError, match=r"^deepspeed\.offload_optimizer=true needs a ZeRO stage of 1 to 3"):
         config("deepspeed.offload_optimizer=true")
     assert config("deepspeed=zero1", "deepspeed.offload_optimizer=true").deepspeed.offload_optimizer
