@@ -109,7 +109,7 @@ def plan(config: Config, folder: Path, session: Session) -> None:
 
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-    view = View(config.logging.live)
+    view = View("plain")  # what it says is all that it does
     root = Path(config.output_dir).expanduser().absolute()
     tell_plan(config, Store(root / "store", view.line), session, view.line)
 

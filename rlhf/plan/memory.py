@@ -16,12 +16,15 @@ from rlhf.plan.models import Outline
 from rlhf.plan.work import Work, largest
 
 MIB = 2**20
-LEARNER, GENERATOR, REWARD, INGRESS = 400 * MIB, 315 * MIB, 370 * MIB, 240 * MIB
+LEARNER, GENERATOR, REWARD, INGRESS = 460 * MIB, 315 * MIB, 370 * MIB, 240 * MIB
 DRIVER, SMALL, CONTROLLER = 490 * MIB, 60 * MIB, 115 * MIB
 """Of a process before it has a model, as measured on Linux with Ray 2.60 and torch 2.13: Python, Ray's worker and the
 modules that it imports. `SMALL`: the baseline estimator and the queue; `CONTROLLER`: of Ray Serve."""
-HEAP = 1.1
-"""How much more than what lives in it the allocator holds: pieces of many sizes leave gaps."""
+HEAP, PASSES = 1.1, 2.0
+"""How much more than the tensors of training, and of passes without gradient, is taken for them: pieces of many sizes
+leave gaps, and oneDNN has buffers of its own."""
+TRIALS = 1000
+"""Rows of logits, float32, that a model's trials take while it is loaded."""
 VERSIONS = 2
 """Published weights in the object store: the newest, and those that generators still have."""
 
@@ -77,6 +80,8 @@ def learner(
         frozen = size * (sizes.linear if mapped and float32 else sizes.every)
         own["reference policy"] = frozen
     own["published weights"] = size * sizes.every
+    if adapted:
+        own["merged weights"] = 4 * sizes.linear
     own["checkpoint's copy"] = 12 * trained // work.ranks
     files = {path: 4 * sizes.every} if mapped and float32 and (adapted or reference) else {}
     tokens = max(batch.input_ids.numel() for batch in batches)
@@ -88,15 +93,14 @@ def generator(policy: Outline, path: str, mapped: bool, work: Work, count: int) 
     sizes, size = policy.sizes, policy.dtype.itemsize
     own = {"process": GENERATOR}
     own["packed weights"] = size * (sizes.linear + sizes.tied)
-    own["other weights"] = size * sizes.rest
-    loading = size * sizes.linear if policy.dtype != torch.float32 or not mapped else 0
+    in_place = mapped and policy.dtype == torch.float32
+    own["other weights"] = size * (sizes.rest if in_place else sizes.every)  # all, until they are packed
     rows, prompt = work.rows, max(work.longest)
-    kept = policy.kept_per_token * size
-    cache = kept * (work.item * prompt + rows * work.response_tokens)
+    own["keys and values"] = policy.kept_per_token * size * (work.item * prompt + rows * work.response_tokens)
     logits = rows * policy.vocabulary * (4 + 4 + 4 + 8 + 8)  # scores, by temperature, log-probabilities, sums
     prefill = policy.inference_peak(largest(work.prefill()), "predict")
-    own["keys and values"] = cache
-    own["logits and passes"] = round(HEAP * max(logits + prefill, loading - cache))
+    trials = 4 * TRIALS * policy.vocabulary - own["keys and values"]
+    own["logits and passes"] = max(logits + round(PASSES * prefill), trials)
     files = {path: 4 * sizes.every} if mapped and policy.dtype == torch.float32 else {}
     return Need("generator", count, own, files, f"{rows} responses at a time")
 
@@ -115,7 +119,7 @@ def reward_model(
     batch = largest(work.scored(budget))
     passes = model.inference_peak(batch, "predict")
     loading = 0 if in_place else size * sizes.linear
-    own["passes"] = round(HEAP * max(passes, loading))
+    own["passes"] = max(round(PASSES * passes), loading)
     files = {path: 4 * sizes.every} if in_place else {}
     return Need(name, count, own, files, f"{batch.input_ids.numel()} tokens at a time")
 
