@@ -13,7 +13,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import hydra
@@ -53,7 +56,8 @@ def main() -> None:
     except FileNotFoundError:
         sys.exit("error: the working directory was deleted; call the command from another")
     try:
-        _run()
+        with _scratch() if _command == "plan" else nullcontext():
+            _run()
         if Sweep.current is not None:
             Sweep.current.finish()
     except Ended as ended:
@@ -64,6 +68,16 @@ def main() -> None:
         sys.exit(told(error))
     finally:
         Sweep.close()
+
+
+@contextmanager
+def _scratch() -> Iterator[None]:
+    """A folder for what Hydra writes of a command that is no run; it is removed."""
+    with tempfile.TemporaryDirectory(prefix="rlhf-plan-") as folder:
+        # beside the other overrides: those on both sides of a flag would be refused
+        places = [i for i, word in enumerate(sys.argv) if i and "=" in word and not word.startswith("-")]
+        sys.argv.insert(places[0] if places else len(sys.argv), f"hydra.run.dir={folder}")
+        yield
 
 
 def _default_output() -> str:
@@ -81,7 +95,7 @@ def _run(values: DictConfig) -> None:
         if _command and Sweep.current is not None:
             raise ValueError(f"rlhf {_command} is no sweep: leave -m out")
         if _command == "plan":
-            plan(config, folder, session)
+            plan(config, session)
         elif Sweep.current is None:
             run(config, folder, OmegaConf.to_yaml(values, resolve=True), session)
         else:
@@ -97,8 +111,8 @@ def _run(values: DictConfig) -> None:
         session.stop()
 
 
-def plan(config: Config, folder: Path, session: Session) -> None:
-    """Says what a run of this configuration needs. It leaves no folder of its own.
+def plan(config: Config, session: Session) -> None:
+    """Says what a run of this configuration needs.
 
     Raises:
         ValueError: the configuration cannot work.
@@ -107,8 +121,6 @@ def plan(config: Config, folder: Path, session: Session) -> None:
     from rlhf.progress import View
     from rlhf.store import Store
 
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
     view = View("plain")  # what it says is all that it does
     root = Path(config.output_dir).expanduser().absolute()
     tell_plan(config, Store(root / "store", view.line), session, view.line)

@@ -16,7 +16,7 @@ from rlhf.plan.models import Outline
 from rlhf.plan.work import Work, largest
 
 MIB = 2**20
-LEARNER, GENERATOR, REWARD, INGRESS = 460 * MIB, 315 * MIB, 370 * MIB, 240 * MIB
+LEARNER, GENERATOR, REWARD, INGRESS = 460 * MIB, 350 * MIB, 370 * MIB, 240 * MIB
 DRIVER, SMALL, CONTROLLER = 490 * MIB, 60 * MIB, 115 * MIB
 """Of a process before it has a model, as measured on Linux with Ray 2.60 and torch 2.13: Python, Ray's worker and the
 modules that it imports. `SMALL`: the baseline estimator and the queue; `CONTROLLER`: of Ray Serve."""
@@ -101,6 +101,7 @@ def generator(policy: Outline, path: str, mapped: bool, work: Work, count: int) 
     prefill = policy.inference_peak(largest(work.prefill()), "predict")
     trials = 4 * TRIALS * policy.vocabulary - own["keys and values"]
     own["logits and passes"] = max(logits + round(PASSES * prefill), trials)
+    own["new weights being packed"] = size * max(sizes.widest, sizes.tied)
     files = {path: 4 * sizes.every} if mapped and policy.dtype == torch.float32 else {}
     return Need("generator", count, own, files, f"{rows} responses at a time")
 

@@ -31,6 +31,7 @@ class Sizes:
     every: int
     linear: int  # of linear layers whose weight is theirs alone
     tied: int  # of a head whose weight is the embedding's
+    widest: int  # of the largest linear layer whose weight is its alone
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> Sizes:
@@ -43,6 +44,7 @@ class Sizes:
             sum(p.numel() for p in model.parameters()),
             sum(w.numel() for w in linear if owners[id(w)] == 1),
             sum(w.numel() for w in linear if owners[id(w)] > 1),
+            max((w.numel() for w in linear if owners[id(w)] == 1), default=0),
         )
 
     @property

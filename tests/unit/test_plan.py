@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,7 +167,7 @@ def test_adapters_need_no_reference_and_leave_frozen_weights_in_their_file():
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> Iterator[Any]:
+def given(tmp_path: Path) -> Any:
     """`given(*overrides)` is the configuration of a run with tiny models, whose weights are removed."""
     folders = {"policy": tiny.save_policy(tmp_path / "policy")}
     folders |= {n: tiny.save_reward_model(tmp_path / n, seed=1) for n in ("helpful", "harmless")}
@@ -190,7 +189,7 @@ def given(tmp_path: Path) -> Iterator[Any]:
         ]
         return config(*values, *overrides)
 
-    yield make
+    return make
 
 
 def planned(made: Config) -> Plan:
