@@ -20,9 +20,9 @@ LEARNER, GENERATOR, REWARD, INGRESS = 460 * MIB, 350 * MIB, 370 * MIB, 240 * MIB
 DRIVER, SMALL, CONTROLLER = 490 * MIB, 60 * MIB, 115 * MIB
 """Of a process before it has a model, as measured on Linux with Ray 2.60 and torch 2.13: Python, Ray's worker and the
 modules that it imports. `SMALL`: the baseline estimator and the queue; `CONTROLLER`: of Ray Serve."""
-HEAP, PASSES = 1.1, 2.0
-"""How much more than the tensors of training, and of passes without gradient, is taken for them: pieces of many sizes
-leave gaps, and oneDNN has buffers of its own."""
+HEAP, ADAPTED, PASSES = 1.1, 1.4, 2.0
+"""How much more than the tensors of training, of training adapters in float32, and of passes without gradient is taken
+for them, as measured: pieces of many sizes leave gaps, and oneDNN has buffers of its own."""
 TRIALS = 1000
 """Rows of logits, float32, that a model's trials take while it is loaded."""
 VERSIONS = 2
@@ -51,6 +51,7 @@ def learner(
     work: Work,
     settings: DeepSpeedConfig,
     reference: bool,
+    critic: Outline | None = None,
 ) -> Need:
     """A rank that aligns.
 
@@ -58,6 +59,7 @@ def learner(
         path: of the policy.
         mapped: whether its file holds float32, which is then not copied until it is changed.
         reference: whether the KL is measured.
+        critic: trained after the policy in each step, so its passes take the place of the policy's.
     """
     sizes, trained, size = policy.sizes, policy.trained, policy.dtype.itemsize
     adapted = policy.model is not policy.plain
@@ -73,7 +75,7 @@ def learner(
     own["Adam's moments"] = 8 * trained // ranks
     batches = work.micro_batches()
     passes = policy.training_peak(batches[:2], settings.activation_checkpointing)
-    own["activations and gradients"] = round(HEAP * passes)
+    own["activations and gradients"] = round((ADAPTED if adapted and float32 else HEAP) * passes)
     if not float32:
         own["sums of gradients"] = 4 * trained
     if reference and not adapted:
@@ -83,6 +85,10 @@ def learner(
     if adapted:
         own["merged weights"] = 4 * sizes.linear
     own["checkpoint's copy"] = 12 * trained // work.ranks
+    if critic is not None:
+        state = (4 * bool(stage) + 8) * critic.trained // ranks + 12 * critic.trained // work.ranks
+        weights = critic.dtype.itemsize * critic.sizes.every // (work.ranks if stage == 3 else 1)
+        own["critic"] = weights + state + (0 if float32 else 4 * critic.trained)
     files = {path: 4 * sizes.every} if mapped and float32 and (adapted or reference) else {}
     tokens = max(batch.input_ids.numel() for batch in batches)
     shape = f"{len(batches)} micro-batch{'es' * (len(batches) > 1)} of {tokens} tokens at most"

@@ -68,7 +68,8 @@ def plan(config: Config, data: RunData, store: Store) -> Plan:
     settings, resources, notes = config.deepspeed, config.resources, _notes(config)
     trained = Outline(policy.config, AutoModelForCausalLM, _dtype(settings.dtype), config.policy.lora)
     penalise = config.align.kl_coef != 0 or config.evaluate.every is not None
-    needs = [learner(trained, policy.path, policy.mapped, work, settings, penalise)]
+    critic = _critic(config, policy, trained.dtype)
+    needs = [learner(trained, policy.path, policy.mapped, work, settings, penalise, critic)]
     if config.rollout.engine == "embedded":
         sampled = Outline(policy.config, AutoModelForCausalLM, _dtype(config.rollout.dtype))
         needs.append(generator(sampled, policy.path, policy.mapped, work, resources.generators.count))
@@ -113,6 +114,22 @@ def _given(config: Any, path: str, key: str) -> Model:
     return Model(config, str(Path(path).expanduser()), plain and stored == torch.float32)
 
 
+def _critic(config: Config, policy: Model, dtype: torch.dtype) -> Outline | None:
+    from transformers import AutoModelForSequenceClassification
+
+    critic = config.algorithm.critic
+    if critic is None:
+        return None
+    own = policy.config
+    if critic.init_from is not None:
+        own = start_config(critic.init_from, "algorithm.critic.init_from")
+    return Outline(_with_a_label(own), AutoModelForSequenceClassification, dtype)
+
+
+def _with_a_label(config: Any) -> Any:
+    return type(config).from_dict({**config.to_dict(), "num_labels": 1})
+
+
 def _classifier(config: Config, key: str, source: Any, policy: Model) -> Model:
     if source.path is not None:
         return _given(reward_config(source.path, f"{key}.path", single=not source.heads), source.path, key)
@@ -120,8 +137,7 @@ def _classifier(config: Config, key: str, source: Any, policy: Model) -> Model:
     if source.init_from is not None:
         own = start_config(source.init_from, f"{key}.init_from")
     float32 = _dtype(config.deepspeed.dtype) == torch.float32
-    changed = type(own).from_dict({**own.to_dict(), "num_labels": 1})
-    return Model(changed, f"{key}, {NEW}", float32)
+    return Model(_with_a_label(own), f"{key}, {NEW}", float32)
 
 
 def _work(config: Config, data: RunData, chat: ChatFormat) -> Work:
@@ -155,6 +171,4 @@ def _notes(config: Config) -> list[str]:
     for name in ("learner", "generators", "reward"):
         if getattr(r, name).gpus:
             notes.append(f"resources.{name}.gpus: planned as on a CPU, which no GPU was compared with")
-    if config.algorithm.critic is not None:
-        notes.append("algorithm.critic: the critic is not planned; it takes about what the policy does")
     return notes

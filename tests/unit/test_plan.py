@@ -219,9 +219,17 @@ def test_a_policy_that_is_made_here_has_the_architecture_of_the_configuration(tm
     assert found.parameters["reward_models.helpful"] == pytest.approx(found.parameters["policy"], rel=0.01)
 
 
+def test_a_critic_is_planned_beside_the_policy(given):
+    without, found = (planned(given(f"algorithm={name}")) for name in ("rloo", "ppo"))
+    plain, own = (made.needs[0].own for made in (without, found))
+    every = without.parameters["reward_models.helpful"]  # a classifier of the policy's shape
+    assert own.keys() - plain.keys() == {"critic"}
+    assert own["critic"] == 4 * every + 8 * every + 12 * every // 2  # of two ranks
+
+
 def test_what_is_left_out_is_told(given):
-    found = planned(given("algorithm=ppo", "resources.learner.gpus=1", "resources.autoscaling=true"))
-    assert [note.split(":")[0] for note in found.notes] == ["resources.learner.gpus", "algorithm.critic"]
+    found = planned(given("resources.learner.gpus=1", "resources.autoscaling=true"))
+    assert [note.split(":")[0] for note in found.notes] == ["resources.learner.gpus"]
 
 
 def test_what_does_not_fit_is_told():
