@@ -131,7 +131,7 @@ class Peaks(threading.Thread):
 
 def role_of(title: str) -> str | None:
     if title.startswith("ray::ServeReplica"):
-        return "reward ingress" if title.rstrip().endswith("ingress") else "reward model"
+        return "reward ingress" if ":ingress" in title else "reward model"
     if title.startswith(("ray::ServeController", "ray::ProxyActor")):
         return "serve controller"
     return next((role for start, role in ROLES.items() if title.startswith(start)), None)

@@ -17,7 +17,7 @@ from rlhf.plan.work import Work, largest
 
 MIB = 2**20
 LEARNER, GENERATOR, REWARD, INGRESS = 460 * MIB, 350 * MIB, 370 * MIB, 240 * MIB
-DRIVER, SMALL, CONTROLLER = 490 * MIB, 60 * MIB, 115 * MIB
+DRIVER, SMALL, CONTROLLER = 470 * MIB, 60 * MIB, 115 * MIB
 """Of a process before it has a model, as measured on Linux with Ray 2.60 and torch 2.13: Python, Ray's worker and the
 modules that it imports. `SMALL`: the baseline estimator and the queue; `CONTROLLER`: of Ray Serve."""
 HEAP, ADAPTED, PASSES = 1.1, 1.4, 2.0
