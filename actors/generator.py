@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,7 @@ class Generator:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+            gc.collect()  # a model is in cycles: it would be there beside the next
 
     async def logprobs(self, rollouts: Rollouts) -> np.ndarray | None:
         """Of the rollouts' tokens, float32 [T]; nothing, if this process was restarted and has no policy yet."""

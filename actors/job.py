@@ -5,6 +5,7 @@ rlhf -m utility=lsc,linear                 a sweep
 rlhf experiment=study                      the comparison of methods, a sweep of conf/arm
 rlhf --cfg job                             the composed configuration
 rlhf serve ...                             the rewards of such a run over HTTP
+rlhf plan ...                              the memory that such a run needs, and its time
 rlhf doctor ...                            whether this machine can do that
 """
 
@@ -33,16 +34,17 @@ from rlhf.config_checks import typed
 from rlhf.config_serving import to_serve
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "conf"
-_serving = _examining = False  # whether the command is `rlhf serve`, or `rlhf doctor`
+COMMANDS = ("serve", "plan", "doctor")  # beside a run
+NO_RUNS = ("plan", "doctor")  # leave no folder of a run
+_command = ""  # one of these, or none
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a submitted job
 
 
 def main() -> None:
     """The console script. A user's error ends it with status 1 and one line; SIGTERM with 143, SIGINT with 130."""
-    global _serving, _examining
-    if sys.argv[1:2] in (["serve"], ["doctor"]):
-        _serving, _examining = sys.argv[1] == "serve", sys.argv[1] == "doctor"
-        del sys.argv[1]
+    global _command
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        _command = sys.argv.pop(1)
     os.environ.setdefault("RLHF_OUTPUT_DIR", _default_output())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and prints none
     os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"  # it replaces ours, and aborts on SIGTERM
@@ -56,7 +58,7 @@ def main() -> None:
     except FileNotFoundError:
         sys.exit("error: the working directory was deleted; call the command from another")
     try:
-        with _own_folder() if _examining else nullcontext():
+        with _scratch() if _command in NO_RUNS else nullcontext():
             _run()
         if Sweep.current is not None:
             Sweep.current.finish()
@@ -71,12 +73,14 @@ def main() -> None:
 
 
 @contextmanager
-def _own_folder() -> Iterator[None]:
-    """For what `rlhf doctor` makes: a run's outputs are left alone."""
+def _scratch() -> Iterator[None]:
+    """A folder for what a command that is no run writes, and Hydra of it; it is removed."""
     if sys.argv[1:2] and sys.argv[1] in ("-m", "--multirun"):
-        sys.exit("error: rlhf doctor is no sweep: leave -m out")
-    with tempfile.TemporaryDirectory(prefix="rlhf-doctor-") as folder:
-        sys.argv += [f"hydra.run.dir={folder}", "~hydra.callbacks.sweep"]
+        sys.exit(f"error: rlhf {_command} is no sweep: leave -m out")
+    with tempfile.TemporaryDirectory(prefix=f"rlhf-{_command}-") as folder:
+        # beside the other overrides: those on both sides of a flag would be refused
+        places = [i for i, word in enumerate(sys.argv) if i and "=" in word and not word.startswith("-")]
+        sys.argv.insert(places[0] if places else len(sys.argv), f"hydra.run.dir={folder}")
         yield
 
 
@@ -91,15 +95,17 @@ def _run(values: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir).absolute()
     session = Session()
     try:
-        config = typed(values, _serving)
-        if _examining:
+        config = typed(values, _command == "serve")
+        if _command and Sweep.current is not None:
+            raise ValueError(f"rlhf {_command} is no sweep: leave -m out")
+        if _command == "doctor":
             from actors.doctor.command import examine
             from rlhf.progress import View
 
             sys.exit(0 if examine(config, folder, View("plain").line) else 1)
-        if _serving and Sweep.current is not None:
-            raise ValueError("rlhf serve is no sweep: leave -m out")
-        if Sweep.current is None:
+        if _command == "plan":
+            plan(config, session)
+        elif Sweep.current is None:
             run(config, folder, OmegaConf.to_yaml(values, resolve=True), session)
         else:
             Sweep.current.job(config, folder, OmegaConf.to_yaml(values, resolve=True), run)
@@ -112,6 +118,21 @@ def _run(values: DictConfig) -> None:
         raise
     finally:
         session.stop()
+
+
+def plan(config: Config, session: Session) -> None:
+    """Says what a run of this configuration needs.
+
+    Raises:
+        ValueError: the configuration cannot work.
+    """
+    from actors.plan import tell_plan
+    from rlhf.progress import View
+    from rlhf.store import Store
+
+    view = View("plain")  # what it says is all that it does
+    root = Path(config.output_dir).expanduser().absolute()
+    tell_plan(config, Store(root / "store", view.line), session, view.line)
 
 
 def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
@@ -131,7 +152,7 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     from rlhf.store import Store
     from rlhf.versions import versions
 
-    started = time.perf_counter()
+    started, serving = time.perf_counter(), _command == "serve"
     view = View(config.logging.live)
     root = Path(config.output_dir).expanduser().absolute()
     view.line(f"run {folder}")
@@ -140,18 +161,18 @@ def run(config: Config, folder: Path, resolved: str, session: Session) -> None:
     write_atomic(folder / "versions.json", json.dumps(versions(), indent=1))
     store = Store(root / "store", view.line)
     store.sweep()
-    if _serving:
+    if serving:
         check_port("serve.port", config.serve.port, config.serve.host)
         config = to_serve(config)
-    stages = Stages(config, preflight(config, store, _serving), store)
-    if not _serving:
+    stages = Stages(config, preflight(config, store, serving), store)
+    if not serving:
         check_outlets(stages, view.line)
-    if _serving or not stages.complete():
+    if serving or not stages.complete():
         session.start(config)
     from actors.stages.job import Job  # seconds of imports, while Ray starts
 
     job = Job(stages, session, folder, view, started)
-    if _serving:
+    if serving:
         from actors.serve import serve_rewards
 
         serve_rewards(job, folder)

@@ -5,6 +5,7 @@ The same processes train the SFT model, the reward models and the policy, one af
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ class LearnerRank:
         self._weights: Weights | None = None  # published last
         self._snapshot: Snapshot | None = None
         self._trainers: dict[str, Trainer] = {}
+        self.trainer: Any = None  # of the task
+        self.aligner: Any = None
         self._beats = 0
         set_threads(self._compute.threads)
         keep_memory()
@@ -149,6 +152,8 @@ class LearnerRank:
         set_threads(self._compute.threads)  # of the thread that trains
         self._weights = self._snapshot = None
         self._trainers = {}
+        self.trainer = self.aligner = None
+        gc.collect()  # a model is in cycles: it would be there beside the next
 
     def load_policy(self, task: AlignTask, weight_decay: float, max_grad_norm: float) -> list[str]:
         self._begin()

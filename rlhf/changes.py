@@ -16,12 +16,14 @@ HARMLESS = (
     "evaluate",
     "evaluators",
     "study",
+    "plan",
     "align.steps",
     "align.checkpoint",
     "align.max_skipped",
     "deepspeed.zero_stage",
     "deepspeed.micro_batch_tokens",
     "deepspeed.offload_optimizer",
+    "deepspeed.activation_checkpointing",
     "rollout.slots",
 )
 """Keys, and groups of them, that may change within a history: they say where, how fast or how far, not what."""

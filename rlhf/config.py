@@ -203,7 +203,8 @@ class DeepSpeedConfig:
     zero_stage: int
     dtype: str  # of the learner's forward and backward passes; master weights are float32
     micro_batch_tokens: int  # tokens a rank puts through the model at once
-    offload_optimizer: bool
+    offload_optimizer: bool  # the optimiser's state and its step are the CPU's
+    activation_checkpointing: bool  # decoder layers' activations are computed again in the backward pass
 
 
 @dataclass
@@ -297,6 +298,14 @@ class ServeConfig:
 
 
 @dataclass
+class PlanConfig:
+    """`rlhf plan`: the memory and the time that a run needs."""
+
+    response_tokens: int | None  # how long responses are expected to get; null: rollout.max_new_tokens
+    measure: bool  # run two steps of align first, and tell the time from them
+
+
+@dataclass
 class StudyConfig:
     """A cell of a sweep that is compared with its other cells (`rlhf/evaluate/comparison.py`)."""
 
@@ -328,4 +337,5 @@ class Config:
     logging: LoggingConfig
     hub: HubConfig
     serve: ServeConfig
+    plan: PlanConfig
     study: StudyConfig | None

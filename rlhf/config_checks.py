@@ -126,9 +126,19 @@ def _check_numbers(config: Config) -> None:
         f"align.prompts_per_step={align.prompts_per_step} must be a multiple of "
         f"rollout.prompts_per_item={config.rollout.prompts_per_item}",
     )
+    _refuse(
+        (config.plan.response_tokens or 0) > config.rollout.max_new_tokens,
+        f"plan.response_tokens={config.plan.response_tokens} is more than "
+        f"rollout.max_new_tokens={config.rollout.max_new_tokens}",
+    )
     _refuse(config.data.tolerated_share == 1, "data.tolerated_share=1 would leave no row: it must be below 1")
     for key in ("kl_coef", "learning_rate"):
         _check_schedule(f"align.{key}", getattr(align, key))
+    _refuse(
+        config.deepspeed.offload_optimizer and config.deepspeed.zero_stage == 0,
+        "deepspeed.offload_optimizer=true needs a ZeRO stage of 1 to 3 (deepspeed=zero1): without ZeRO nothing of the "
+        "optimiser is offloaded",
+    )
     policy, shape = config.policy, config.policy.architecture
     if policy.path is None and policy.init_from is None:
         _refuse(

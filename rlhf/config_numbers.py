@@ -137,6 +137,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "batch": POSITIVE,
         "drain": NOT_NEGATIVE,
     },
+    c.PlanConfig: {"response_tokens": POSITIVE},
     c.StudyConfig: {"kl_coefs": NOT_NEGATIVE},
 }
 

@@ -41,11 +41,20 @@ Steps = list[dict[str, float]]
 class Ranks:
     """What a run is given: its rank, the stage, and engines around models."""
 
-    def __init__(self, rank: int, world: int, stage: int, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        stage: int,
+        dtype: str = "float32",
+        offload: bool = False,
+        recompute: bool = False,
+    ) -> None:
         self.rank, self.world, self.stage, self.dtype = rank, world, stage, dtype
+        self.offload, self.recompute = offload, recompute
 
     def trainer(self, model: torch.nn.Module, budget: int, clip: float = 1.0) -> Trainer:
-        settings = DeepSpeedConfig(self.stage, self.dtype, budget, False)
+        settings = DeepSpeedConfig(self.stage, self.dtype, budget, self.offload, self.recompute)
         return Trainer(model, settings, 0.0, clip, self.rank, self.world)
 
 

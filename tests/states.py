@@ -157,6 +157,13 @@ def resumed(at: Ranks, root: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def restored(at: Ranks, root: Path, name: str) -> dict[str, torch.Tensor]:
+    """The weights of trainers that began elsewhere, after the load of what `resumed` saved before its second step."""
+    trainers, _ = MAKE[name](at, 0.5)
+    restore(_folder(root, name, at.world, at.stage, at.dtype, 1), trainers)
+    return whole(trainers)
+
+
 def across(at: Ranks, root: Path, name: str, world: int, stage: int) -> tuple[Any, ...]:
     """Weights after the load of a state of other ranks or another stage, then steps, and weights again."""
     end = time.monotonic() + WAIT

@@ -82,6 +82,11 @@ class PolicyModel(torch.nn.Module):
             return _of_logits(logits, targets, temperature, entropy)
         needed = predict.unique() if trees is not None else None
         states = self._states(needed, inputs).flatten(0, 1)[predict]
+        return self._of_states(states, targets, temperature, entropy)
+
+    def _of_states(
+        self, states: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool
+    ) -> torch.Tensor:
         head, size = self._head, max(1, self.chunk // self._vocabulary)
         plain = head.forward
 

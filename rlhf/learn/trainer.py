@@ -27,6 +27,7 @@ from rlhf.learn.critic import ValueModel
 from rlhf.learn.engine import deepspeed_settings
 from rlhf.learn.logprobs import PolicyModel
 from rlhf.learn.objectives import Metrics, MicroBatch, Objective
+from rlhf.learn.recompute import recompute_layers
 from rlhf.learn.sums import sum_in_float32
 from rlhf.models.classifier import Classifier
 from rlhf.models.lora import is_adapted, merged_parameters
@@ -93,6 +94,8 @@ class Trainer:
         self.model: Any = model.inner if wrapped else model  # what is saved
         model.eval()  # without dropout: the sampler has none, and importance weights compare the two
         sum_in_float32(model)
+        if config.activation_checkpointing:
+            recompute_layers(model)
         if isinstance(model, PolicyModel) and model.gathered is not None:
             set_z3_leaf_module(model.gathered, True)
         parameters = [p for p in model.parameters() if p.requires_grad]

@@ -17,7 +17,7 @@ from rlhf.models.source import check_allowed, find_source, find_tokenizer, namin
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -299,10 +299,17 @@ def new_policy(
 ) -> PreTrainedModel:
     """A Llama-style model with random weights, made for `tokenizer`."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    return LlamaForCausalLM(new_config(architecture, tokenizer)).eval()
+
+
+def new_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """The configuration of `new_policy`."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=architecture.hidden_size,
         intermediate_size=architecture.intermediate_size,
@@ -317,7 +324,6 @@ def new_policy(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config).eval()
 
 
 def usable_positions(model: PreTrainedModel) -> int | None:

@@ -169,7 +169,7 @@ class TreeAttention(torch.autograd.Function):
 def _zeros(like: torch.Tensor) -> torch.Tensor:
     """Where gradients add up, float32, laid out as [T, heads, width]."""
     heads, length, width = like.shape
-    return torch.zeros(length, heads, width).transpose(0, 1)
+    return like.new_zeros(length, heads, width, dtype=torch.float32).transpose(0, 1)
 
 
 def _add(total: torch.Tensor, part: Part, tree: int, gradient: torch.Tensor) -> None:

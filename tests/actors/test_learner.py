@@ -53,7 +53,9 @@ def expected(policy_folder) -> dict[str, np.ndarray]:
 def test_training_equals_plain_pytorch(cluster, policy_folder, expected, tmp_path, stage, ranks):
     """Also with micro-batches of one tree, of which the ranks have different numbers, and without the dropout that the
     model asks for: the sampler has none."""
-    config = DeepSpeedConfig(stage, "float32", micro_batch_tokens=16, offload_optimizer=False)
+    config = DeepSpeedConfig(
+        stage, "float32", micro_batch_tokens=16, offload_optimizer=False, activation_checkpointing=False
+    )
     group = LearnerGroup(config, RoleConfig(ranks, 0.1, 0), None, RECOVERY)
     start = str(save_policy(tmp_path / "dropout", attention_dropout=0.5))
     assert load_policy(start).config.attention_dropout == 0.5
@@ -73,7 +75,9 @@ def test_training_equals_plain_pytorch(cluster, policy_folder, expected, tmp_pat
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (3, 2)])
 def test_bfloat16_moves_the_parameters_as_float32_does(cluster, policy_folder, expected, stage, ranks):
-    config = DeepSpeedConfig(stage, "bfloat16", micro_batch_tokens=64, offload_optimizer=False)
+    config = DeepSpeedConfig(
+        stage, "bfloat16", micro_batch_tokens=64, offload_optimizer=False, activation_checkpointing=False
+    )
     group = LearnerGroup(config, RoleConfig(ranks, 0.1, 0), None, RECOVERY)
     group.load(SupervisedTask(str(policy_folder), ARCHITECTURE, str(policy_folder), 0), TRAINING.weight_decay)
     group.fit(ray.put(data()), TRAINING, 3, 0, TRAINING.steps)
