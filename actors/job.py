@@ -80,7 +80,8 @@ def _scratch() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix=f"rlhf-{_command}-") as folder:
         # beside the other overrides: those on both sides of a flag would be refused
         places = [i for i, word in enumerate(sys.argv) if i and "=" in word and not word.startswith("-")]
-        sys.argv.insert(places[0] if places else len(sys.argv), f"hydra.run.dir={folder}")
+        at = places[0] if places else len(sys.argv)
+        sys.argv[at:at] = [f"hydra.run.dir={folder}", "~hydra.callbacks.sweep"]
         yield
 
 

@@ -117,11 +117,11 @@ def module_dtype(module: torch.nn.Module) -> torch.dtype:
 @contextmanager
 def planned_attention() -> Iterator[None]:
     """Within this context the attention of ours takes what it takes on a CPU, and computes nothing."""
-    AttentionInterface.register(attention.NAME, _attention)
+    AttentionInterface.register(attention.TREES, _attention)
     try:
         yield
     finally:
-        AttentionInterface.register(attention.NAME, attention.attention)
+        AttentionInterface.register(attention.TREES, attention.attention)
 
 
 def compiles(dtype: torch.dtype) -> bool:
@@ -132,7 +132,7 @@ def compiles(dtype: torch.dtype) -> bool:
 def computes_as_ours(model: Any, dtype: torch.dtype) -> None:
     """Gives an outline our attention, a format, and norms and gates that keep what compiled ones keep."""
     if model._can_set_attn_implementation():
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(attention.TREES)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if not compiles(dtype):
