@@ -84,12 +84,15 @@ def fault(job: Job, role: str) -> str | None:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.ends", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("outputs/ends"), help="of all that is written")
-    folder = parser.parse_args(arguments).folder.absolute()
+    parser.add_argument("--only", default="", help="cases with this in their names: replica-idle-SIGKILL")
+    asked = parser.parse_args(arguments)
+    folder = asked.folder.absolute()
     store = undisturbed(folder, OVERRIDES, STEPS, print).store
     failed = 0
-    cases = list(itertools.product(ROLES, (True, False), (signal.SIGSTOP, signal.SIGKILL)))
-    for role, computes, number in cases:
-        name = f"{role}-{'busy' if computes else 'idle'}-{number.name}"
+    every = itertools.product(ROLES, (True, False), (signal.SIGSTOP, signal.SIGKILL))
+    named = {f"{r}-{'busy' if computes else 'idle'}-{n.name}": (r, computes, n) for r, computes, n in every}
+    cases = {name: case for name, case in named.items() if asked.only in name}
+    for name, (role, computes, number) in cases.items():
         shutil.rmtree(folder / name, ignore_errors=True)
         job, started = Job(folder / name, OVERRIDES, store), time.monotonic()
         try:
