@@ -36,7 +36,7 @@ def tell_plan(config: Config, store: Store, session: Session, say: Callable[[str
     from rlhf.plan.report import lines, node, timed
     from rlhf.plan.roles import plan
 
-    stages = Stages(config, preflight(config, store), store)
+    stages = Stages(config, preflight(config, store, here=False), store)
     found = plan(config, stages.data, store)
     alone = given_address(config.resources) is None
     for text in [*lines(found), *node(found, free_memory() if alone else None)]:

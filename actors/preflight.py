@@ -20,13 +20,17 @@ from rlhf.store import Store
 log = logging.getLogger(__name__)
 
 
-def preflight(config: Config, store: Store, serving: bool = False) -> RunData:
+def preflight(config: Config, store: Store, serving: bool = False, here: bool = True) -> RunData:
     """Loads and checks the data, the given models' configurations and tokenizers, and the machine.
+
+    Args:
+        here: it is to run, from this machine. Otherwise the machine is not looked at: a run may be planned elsewhere.
 
     Raises:
         ValueError: names the key, file, row or model, and what to do.
     """
-    check_machine(config)
+    if here:
+        check_machine(config)
     trust_remote_code(config.trust_remote_code)
     if config.trust_remote_code:
         log.warning("trust_remote_code=true: code that comes with the given models and tokenizers is run")

@@ -194,7 +194,7 @@ def given(tmp_path: Path) -> Any:
 
 def planned(made: Config) -> Plan:
     store = Store(Path(made.output_dir) / "store")
-    return plan(made, preflight(made, store), store)
+    return plan(made, preflight(made, store, here=False), store)
 
 
 def test_models_are_planned_by_their_configurations_alone(given):
