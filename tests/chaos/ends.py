@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             job.start()
             problem = fault(job, role) if hit(job, role, computes, number) else "the role was never so"
-            words = job.last_words() if job.status else "its report is there"
+            words = "its report is there" if job.status == 0 else job.last_words()
         finally:
             job.close()
         failed += problem is not None
