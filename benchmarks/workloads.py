@@ -98,13 +98,14 @@ def _make_known(workload: Workload, folder: Path) -> None:
         reward.config.pad_token_id = reward.config.eos_token_id
         reward.save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(source).save_pretrained(folder / name)
-    texts = (EXAMPLE / "everyday.txt").read_text(encoding="utf-8").splitlines()[:PROMPTS]
-    _write_prompts(folder, [[{"role": "user", "content": text}] for text in texts])
+    texts = (EXAMPLE / "everyday.txt").read_text(encoding="utf-8").splitlines()[: PROMPTS + 1]
+    *prompts, other = [[{"role": "user", "content": text}] for text in texts]
+    _write_prompts(folder, prompts, other)
 
 
-def _write_prompts(folder: Path, prompts: Sequence[Any]) -> None:
+def _write_prompts(folder: Path, prompts: Sequence[Any], other: Any) -> None:
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    (folder / "eval.jsonl").write_text(json.dumps({"prompt": prompts[0]}) + "\n")
+    (folder / "eval.jsonl").write_text(json.dumps({"prompt": other}) + "\n")
 
 
 def _make_random(workload: Workload, folder: Path) -> None:
@@ -146,7 +147,8 @@ def _make_random(workload: Workload, folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
     rng = random.Random(0)
     usable = [w for w in words if not w.startswith("<")]
-    _write_prompts(folder, [" ".join(rng.choices(usable, k=workload.prompt)) for _ in range(PROMPTS)])
+    prompts = [" ".join(rng.choices(usable, k=workload.prompt)) for _ in range(PROMPTS)]
+    _write_prompts(folder, prompts, usable[0])
 
 
 if __name__ == "__main__":  # python -m benchmarks.workloads W1 FOLDER
